@@ -1,0 +1,3 @@
+"""danling.metrics: see the package README."""
+
+__all__: list[str] = []

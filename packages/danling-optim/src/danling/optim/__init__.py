@@ -1,0 +1,3 @@
+"""danling.optim: see the package README."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""danling.runners: see the package README."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""danling.backends.deepspeed: see the package README."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""danling.backends.parallel: see the package README."""
+
+__all__: list[str] = []

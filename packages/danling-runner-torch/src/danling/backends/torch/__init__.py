@@ -1,0 +1,3 @@
+"""danling.backends.torch: see the package README."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""danling.tensors: see the package README."""
+
+__all__: list[str] = []
