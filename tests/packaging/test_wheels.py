@@ -1,0 +1,143 @@
+"""Wheels of everything, and of one piece alone, installed into bare environments."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from support.workspace import ROOT, packages
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+UV = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]
+
+
+def uv(*args: str, **kwargs) -> str:
+    environment = {**os.environ, "UV_EXCLUDE_NEWER": SETTINGS["exclude-newer"], "DANLING_BUILD_CUDA": "0"}
+    environment.pop("VIRTUAL_ENV", None)
+    result = subprocess.run([UV, *args], capture_output=True, text=True, env=environment, **kwargs)
+    assert result.returncode == 0, f"uv {' '.join(args)}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> Path:
+    """Build every wheel of the workspace from its published metadata alone."""
+    folder = tmp_path_factory.mktemp("wheels")
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(SETTINGS["constraint-dependencies"]))
+    uv(
+        "build", "--all-packages", "--wheel", "--no-sources", "--build-constraints", str(constraints),
+        "-o", str(folder), cwd=ROOT,
+    )  # fmt: skip
+    for wheel in sorted(folder.glob("*.whl")):
+        print(f"{wheel.name}  {wheel.stat().st_size / 1024:.0f} KiB")
+    return folder
+
+
+def environment(tmp_path: Path, wheels: Path, *requirements: str) -> Path:
+    """Install the requirements into a new virtual environment that holds nothing else; return its Python."""
+    uv("venv", "-q", "--python", sys.executable, str(tmp_path / "env"))
+    python = tmp_path / "env" / "bin" / "python"
+    uv(
+        "pip", "install", "-q", "--python", str(python), "--find-links", str(wheels),
+        "--constraint", str(wheels / "constraints.txt"), *requirements,
+        cwd=tmp_path,
+    )  # fmt: skip
+    return python
+
+
+def check(python: Path, code: str, cwd: Path) -> str:
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    result = subprocess.run([str(python), "-c", code], capture_output=True, text=True, cwd=cwd, env=clean, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_every_package_yields_one_wheel_with_its_own_files(wheels: Path) -> None:
+    names: dict[str, str] = {}
+    for package in packages():
+        found = list(wheels.glob(f"{package.name.replace('-', '_')}-{package.project['version']}-*.whl"))
+        assert len(found) == 1, f"{package.name}: {found}"
+        for name in zipfile.ZipFile(found[0]).namelist():
+            if ".dist-info/" in name:
+                continue
+            assert name not in names, f"{name} is in {names[name]} and {package.name}"
+            names[name] = package.name
+            assert not re.search(r"\.(cpp|cu|cuh|h)$", name), f"{package.name} ships the source {name}"
+    assert "danling/__init__.py" in names and names["danling/__init__.py"] == "danling"
+
+
+ALONE = {
+    "danling-tensors": """
+import torch
+from danling.tensors import NestedTensor
+x = NestedTensor([torch.ones(2, 3), torch.ones(4, 3)])
+assert x.tensor.shape == (2, 4, 3) and x.sum().item() == 18
+""",
+    "danling-metrics": """
+import torch
+from danling.metrics import multiclass_metrics
+m = multiclass_metrics(num_classes=3)
+m.update(torch.eye(3), torch.arange(3))
+assert m.average()["acc"] == 1.0
+""",
+    "danling-optim": """
+import torch
+from danling.optim import OPTIMIZERS, SCHEDULERS, OptimizerStep
+layer = torch.nn.Linear(2, 1)
+optimizer = OPTIMIZERS.build(layer.parameters(), type="adamw", lr=0.1)
+scheduler = SCHEDULERS.build(optimizer, type="cosine", total_steps=10)
+layer(torch.ones(1, 2)).sum().backward()
+assert OptimizerStep(optimizer, scheduler).step().stepped
+""",
+    "danling-runner-core": """
+import importlib.util, sys, tempfile, os
+assert importlib.util.find_spec("torch") is None
+from danling.runners import RunnerConfig, Results
+import danling.utils
+config = RunnerConfig()
+config.epochs = 3
+config.validate()
+path = os.path.join(tempfile.mkdtemp(), "x.json")
+assert danling.utils.load(danling.utils.save({"a": 1}, path)) == {"a": 1}
+""",
+}
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_one_piece_alone(name: str, wheels: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path, wheels, name)
+    installed = uv("pip", "list", "--python", str(python), cwd=tmp_path)
+    assert re.findall(r"^danling\S*", installed, re.M) == [name]
+    check(python, ALONE[name], tmp_path)
+
+
+def test_everything_together(wheels: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path, wheels, "danling")
+    check(python, "import danling, sys; assert 'torch' not in sys.modules", tmp_path)
+    for name, code in ALONE.items():
+        if name != "danling-runner-core":
+            check(python, code, tmp_path)
+    check(python, "import danling as dl; dl.NestedTensor, dl.Runner, dl.RunnerConfig, dl.AverageMeter", tmp_path)
+    stacks = subprocess.run([python.with_name("danling"), "stacks"], capture_output=True, text=True, cwd=tmp_path)
+    assert stacks.returncode == 0, stacks.stderr
+    assert "torch" in stacks.stdout and "danling-runner-torch" in stacks.stdout
+    # A backend that is not installed names what brings it.
+    code = """
+import danling as dl
+try:
+    dl.DeepSpeedRunner
+except ImportError as error:
+    print(error)
+"""
+    assert "pip install" in check(python, code, tmp_path)
