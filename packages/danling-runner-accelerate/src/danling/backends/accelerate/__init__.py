@@ -1,3 +1,8 @@
-"""danling.backends.accelerate: see the package README."""
+"""Hugging Face Accelerate behind danling's runner.
 
-__all__: list[str] = []
+Importing this module does not import accelerate.
+"""
+
+from danling.backends.accelerate.usable import usable
+
+__all__ = ["usable"]

@@ -1,3 +1,8 @@
-"""danling.backends.deepspeed: see the package README."""
+"""DeepSpeed behind danling's runner.
 
-__all__: list[str] = []
+Importing this module does not import deepspeed. `usable` is what `stack: auto` asks before it chooses DeepSpeed.
+"""
+
+from danling.backends.deepspeed.usable import usable
+
+__all__ = ["usable"]

@@ -1,3 +1,5 @@
-"""danling.backends.parallel: see the package README."""
+"""Parallel layouts behind danling's runner: which rank stands where on which axis."""
 
-__all__: list[str] = []
+from danling.backends.parallel.topology import AXES, DOMAINS, ParallelTopology
+
+__all__ = ["AXES", "DOMAINS", "ParallelTopology"]
