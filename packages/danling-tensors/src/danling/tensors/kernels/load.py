@@ -1,0 +1,78 @@
+"""Finding and loading the compiled kernel libraries, and telling what came of it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_LIBRARIES: dict[str, dict[str, Any]] = {}
+
+
+def _find(device: str) -> Path | None:
+    for suffix in (".so", ".pyd", ".dylib"):
+        path = _FOLDER / f"libdanling_{device}{suffix}"
+        if path.exists():
+            return path
+    return None
+
+
+def _load(device: str) -> dict[str, Any]:
+    state: dict[str, Any] = {"loaded": False, "path": None, "error": None, "built_with": None}
+    path = _find(device)
+    if path is None:
+        state["error"] = "not built"
+        return state
+    state["path"] = str(path)
+    if device == "cuda" and torch.version.cuda is None:
+        state["error"] = "this torch is built without CUDA"
+        return state
+    if os.environ.get("DANLING_KERNELS") == "0":
+        state["error"] = "switched off by DANLING_KERNELS=0"
+        return state
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        state["error"] = str(error)
+        warnings.warn(
+            f"danling's {device} kernels could not be loaded, slower torch code serves instead: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return state
+    state["loaded"] = True
+    return state
+
+
+def load() -> None:
+    """Load the libraries that lie beside this file and fit the installed torch."""
+    for device in ("cpu", "cuda"):
+        _LIBRARIES[device] = _load(device)
+
+
+def info() -> dict[str, Any]:
+    """Which compiled kernels are in use, and why.
+
+    Returns:
+        A dict with ``cpu`` and ``cuda``, each of ``loaded``, ``path``, ``error`` and ``built_with`` (versions and
+        architectures); ``reference_only``, true if no compiled kernel is in use; and ``reason``, the same in words.
+
+    Examples:
+        >>> from danling.tensors import kernels
+        >>> sorted(kernels.info())
+        ['cpu', 'cuda', 'reason', 'reference_only']
+    """
+    libraries = {device: dict(state) for device, state in _LIBRARIES.items()}
+    parts = [
+        f"{device}: {'compiled kernels' if state['loaded'] else 'torch reference (' + state['error'] + ')'}"
+        for device, state in libraries.items()
+    ]
+    return {
+        **libraries,
+        "reference_only": not any(state["loaded"] for state in libraries.values()),
+        "reason": "; ".join(parts),
+    }
