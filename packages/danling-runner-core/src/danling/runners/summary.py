@@ -21,14 +21,23 @@ class Summary:
     Args:
         file: in the run directory.
         timestamp: of this attempt.
+        about: what names the run: ``name``, ``id``, ``config_id``, ``stack``; written into the file as it is.
         problems: what went wrong without stopping the run.
 
     The file of an earlier attempt is read for its list of attempts. One that is still ``running`` there was killed: whoever
     builds a Summary holds the run's lock.
     """
 
-    def __init__(self, file: str | os.PathLike[str], *, timestamp: str, problems: Problems | None = None) -> None:
+    def __init__(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        timestamp: str,
+        about: Mapping[str, Any] | None = None,
+        problems: Problems | None = None,
+    ) -> None:
         self.file = Path(file)
+        self.about = dict(about or {})
         self.problems = problems or Problems()
         self.status = "running"
         self._start = time.time()
@@ -66,7 +75,8 @@ class Summary:
             reason: why, in words.
             error: what ended the run.
             exit_code: of the process, as far as it is known.
-            facts: ``counters``, ``targets``, ``latest``, ``best``, ``checkpoint``, ``checkpoint_health`` and whatever else belongs
+            facts: ``counters`` (global_step, micro_step, epoch, samples, skipped), ``targets`` (steps, epochs), ``progress`` (0 to 1),
+                ``latest`` and ``best`` (rows with index and score), ``checkpoint``, ``checkpoint_health``, and whatever else belongs
                 in the file.
 
         Returns:
@@ -77,7 +87,7 @@ class Summary:
         now = time.time()
         self.status = status
         ended = status != "running"
-        about = {
+        state = {
             "status": status,
             "reason": reason,
             "error": None if error is None else {"type": type(error).__name__, "message": str(error)},
@@ -85,7 +95,7 @@ class Summary:
         }
         times = {"start": _iso(self._start), "end": _iso(now) if ended else None, "duration": now - self._start}
         self._attempt |= {"status": status, "reason": reason} | times
-        content = about | times | facts
+        content = self.about | state | times | facts
         content["attempts"] = [*self._earlier, self._attempt]
         content["problems"] = self.problems.as_list()
         try:
