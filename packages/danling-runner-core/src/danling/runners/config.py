@@ -1,0 +1,692 @@
+"""`RunnerConfig`: the typed, closed configuration of a run.
+
+This is the only module that imports chanfig, which imports torch when torch is installed. chanfig supplies attribute
+access, sections made on first touch, interpolation and files; types, closedness, identity and the command line are
+danling's, because chanfig converts by calling the annotated type (`bool("false")` is True, `int(1.5)` is 1), takes
+unknown arguments with a warning at most, and ignores the file a command line names.
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from os import PathLike
+from typing import Any, ClassVar, Self, get_origin
+
+from chanfig import Config, Variable
+from chanfig.utils import Null
+
+from .aliases import RENAMED, SYNONYMS, canonical, conflict, find, place, translate, warn_renamed
+from .commandline import CommandLine, Row, check_value, help_text, problem, split_arguments
+from .configfile import dump_yaml, parse_yaml, plain, read_mapping
+from .errors import ConfigError, UsageError
+from .identity import differences, identity_view
+from .keys import (
+    ABSENT,
+    CONSTRUCTOR_SECTIONS,
+    ENVIRONMENT,
+    KEYS,
+    SECTIONS,
+    SPLIT_SECTIONS,
+    TOP_LEVEL,
+    lookup,
+    nearest,
+    one_edit_away,
+)
+from .kinds import annotation_name, convert_annotation, split_kind
+
+
+def _made_by_a_read() -> Config:
+    """Return the section that reading a missing name creates; it disappears again if nothing is put into it."""
+    section = Config(default_factory=_made_by_a_read)
+    section.setattr("made_by_a_read", True)
+    return section
+
+
+def _tree(mapping: Mapping[Any, Any]) -> Config:
+    """Return a mapping as a section; sections that are already chanfig configs keep their class."""
+    section = Config(default_factory=_made_by_a_read)
+    for key, value in mapping.items():
+        name = str(key)
+        if isinstance(value, Mapping) and not isinstance(value, Config):
+            value = _tree(value)
+        if "." in name:  # a dotted name inside a section nests as it does at the top
+            head, _, rest = name.partition(".")
+            if not isinstance(dict.get(section, head), Config):
+                section.set(head, _tree({}), convert_mapping=False)
+            section[head].merge(_tree({rest: value}))
+        elif isinstance(value, Config) and isinstance(dict.get(section, name), Config):
+            section[name].merge(value)
+        else:
+            section.set(name, value, convert_mapping=False)
+    return section
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Return what the user's classes of a config annotate: public names that are not `ClassVar`s."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if not issubclass(base, Config) or base in (Config, RunnerConfig):
+            continue
+        own = base.__dict__.get("__annotations__", {})
+        try:
+            resolved = typing.get_type_hints(base)
+        except Exception:  # a name that exists for the type checker alone
+            resolved = {}
+        for name in own:
+            hint = resolved.get(name, Any)
+            is_class_variable = get_origin(hint) is ClassVar or hint is ClassVar or "ClassVar" in str(own[name])
+            if not name.startswith("_") and not is_class_variable:
+                hints[name] = hint
+    return hints
+
+
+def _class_defaults(cls: type) -> dict[str, Any]:
+    """Return the defaults that a subclass declares: annotated attributes, and danling keys without annotation too."""
+    defaults: dict[str, Any] = {}
+    hints = _hints(cls)
+    for base in reversed(cls.__mro__):
+        if not issubclass(base, RunnerConfig) or base is RunnerConfig:
+            continue
+        for name, value in base.__dict__.items():
+            is_key = canonical(name) in TOP_LEVEL or name in RENAMED
+            if (
+                name in hints
+                or is_key
+                and not callable(value)
+                and not isinstance(value, (property, classmethod, staticmethod))
+            ):
+                defaults[name] = value
+    return defaults
+
+
+class _Meta(type(Config)):  # type: ignore[misc]
+    """Makes instances without chanfig's check at construction: a configuration is complete once it is parsed."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        instance = type.__call__(cls, *args, **kwargs)
+        instance.__post_init__()
+        return instance
+
+
+class RunnerConfig(Config, metaclass=_Meta):
+    """The configuration of a run: typed, closed, and readable by attribute or dotted name.
+
+    Every key of danling is there with its default from the start; sections of your own (`model`, `data`, ...) appear on
+    first touch and hold what you put into them. Keys of your own at the top level are annotated on a subclass.
+
+    Args:
+        *args: at most one mapping, or the path of a YAML or JSON file.
+        **kwargs: keys; dotted names need a mapping.
+
+    Attributes:
+        identity_exclude: names of your own keys or sections that do not identify a run, such as the place of the data.
+
+    Examples:
+        >>> class Config(RunnerConfig):
+        ...     epochs: int = 3
+        ...     width: int = 64
+        >>> config = Config({"optim.type": "adamw"}).parse(["--optim.lr", "3e-4", "--width=32", "--no-log"])
+        >>> config.epochs, config.optim.lr, config["optim.type"], config.width, config.log
+        (3, 0.0003, 'adamw', 32, False)
+        >>> config.identity()
+        {'optim.lr': 0.0003, 'optim.type': 'adamw', 'width': 32}
+        >>> RunnerConfig(epochs="three").validate()
+        Traceback (most recent call last):
+        danling.runners.errors.ConfigError: epochs: 'three' (str) is not allowed; give a whole number >= 1 or None
+    """
+
+    identity_exclude: ClassVar[Iterable[str]] = ()
+
+    # chanfig caches here whether it converts by annotation; danling converts itself
+    _has_annotations_ = False
+    class_defaults_: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._has_annotations_ = False
+        cls.class_defaults_ = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 1:
+            raise TypeError(f"{type(self).__name__} takes one mapping or path, got {len(args)} positional arguments")
+        self.__dict__["_conflicts"] = []
+        super().__init__(default_factory=_made_by_a_read)
+        for layer in (*args, kwargs):
+            if layer:
+                self._take(layer, stacklevel=3)
+        defaults, _ = translate(_class_defaults(type(self)), stacklevel=3)
+        self._fill(deepcopy(defaults))
+        self._fill({name: deepcopy(key.default) for name, key in KEYS.items() if _present(name)})
+
+    # -- storage: synonyms and older names reach the one key they stand for
+
+    def _take(self, layer: Any, stacklevel: int) -> None:
+        """Merge what somebody gave over what is there; contradictions wait for `validate`."""
+        if isinstance(layer, (str, PathLike)):
+            layer = read_mapping(layer)
+        if not isinstance(layer, Mapping):
+            layer = vars(layer) if hasattr(layer, "__dict__") else dict(layer)
+        translated, problems = translate(layer, stacklevel=stacklevel + 1)
+        self.__dict__.setdefault("_conflicts", []).extend((line, None, None) for line in problems)
+        for name, value in translated.items():
+            self._put(name, value)
+
+    def _put(self, name: Any, value: Any) -> None:
+        current = self.get(name, None) if name in self else None
+        if isinstance(current, Config) and isinstance(value, Mapping):
+            for key, item in value.items():
+                self._put(f"{name}.{key}", item)
+        else:
+            self.set(name, value)
+
+    def _fill(self, defaults: Mapping[str, Any]) -> None:
+        """Give names that are not there yet their defaults."""
+        for name, value in defaults.items():
+            head = self.get(str(name).split(".")[0], None) if str(name).split(".")[0] in self else None
+            if isinstance(value, Mapping) and isinstance(head, Config):
+                self._fill({f"{name}.{key}": item for key, item in value.items()})
+            elif name not in self and (head is None or isinstance(head, Config) or "." not in name):
+                self.set(name, value)
+
+    def merge(self, *args: Any, overwrite: bool = True, **kwargs: Any) -> Self:
+        """Merge mappings (or a file) into this configuration, nested and dotted names alike."""
+        for layer in (*args, kwargs):
+            if layer and overwrite:
+                self._take(layer, stacklevel=2)
+            elif layer:
+                self._fill(translate(layer)[0])
+        return self
+
+    def get(self, name: Any, default: Any = None, fallback: bool | None = None) -> Any:
+        """Return the value of a dotted name, or `default`."""
+        return super().get(canonical(name), default, fallback)
+
+    def set(self, name: Any, value: Any, convert_mapping: bool | None = None) -> None:
+        """Set a dotted name; sections on the way are made.
+
+        Raises:
+            ConfigError: when a plain value stands where a section would have to be.
+        """
+        if name in RENAMED:
+            warn_renamed(name, stacklevel=2)
+            new = RENAMED[name]
+            current = self.get(new, None) if new in self else None
+            if new in self and current != value and current != find_default(type(self), new):
+                self.__dict__.setdefault("_conflicts", []).append((conflict(name, value, new, current), new, value))
+                return
+            name = new
+        name = canonical(name)
+        if isinstance(value, Mapping) and not isinstance(value, Config):
+            value = _tree(value)
+        head, dot, rest = name.partition(".") if isinstance(name, str) else (name, "", "")
+        if not dot:
+            super().set(name, value, convert_mapping=False)
+            return
+        section = dict.get(self, head)
+        if section is None:
+            super().set(head, _tree({}), convert_mapping=False)
+            section = dict.get(self, head)
+        place_in = section
+        parts = rest.split(".")
+        for depth, part in enumerate(parts[:-1]):
+            if not isinstance(place_in, Config):
+                break
+            if dict.get(place_in, part) is None:
+                place_in.set(part, _tree({}), convert_mapping=False)
+            place_in = dict.get(place_in, part)
+        if not isinstance(place_in, Config):
+            raise ConfigError(f"cannot set {name!r}: {place_in!r} stands where a section would have to be")
+        place_in.set(parts[-1], value, convert_mapping=False)
+
+    def delete(self, name: Any) -> None:
+        """Delete a dotted name."""
+        super().delete(canonical(name))
+
+    def pop(self, name: Any, default: Any = Null) -> Any:
+        """Remove a dotted name and return its value."""
+        return super().pop(canonical(name), default)
+
+    def __contains__(self, name: Any) -> bool:
+        return super().__contains__(canonical(name))
+
+    # -- from construction to a configuration that can be used
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Return a validated copy of a configuration or mapping; the original is not touched."""
+        copied = config.deepcopy() if isinstance(config, RunnerConfig) else cls(deepcopy(dict(config)))
+        copied.defrost()
+        copied.validate()
+        copied._seal()
+        return copied
+
+    def parse(self, args: Iterable[str] | None = None) -> Self:  # type: ignore[override]
+        """Read configuration files and single keys from the command line, then `boot`.
+
+        Args:
+            args: the words of the command line; None takes `sys.argv`.
+
+        Raises:
+            UsageError: for words and values that cannot be used, after writing the message to standard error. It is
+                both a `ConfigError` and a `SystemExit` with status 2.
+        """
+        line = split_arguments(sys.argv[1:] if args is None else args)
+        prog = sys.argv[0].rsplit("/", 1)[-1] or "python"
+        if line.help:
+            print(help_text(prog, self.describe()))
+            raise SystemExit(0)
+        try:
+            for file in line.files:
+                self._take(read_mapping(file), stacklevel=2)
+            problems = line.problems + self._apply(line)
+            if problems:
+                raise ConfigError(_joined(problems))
+            return self.boot()
+        except UsageError:
+            raise
+        except ConfigError as error:
+            print(f"{prog}: {error}\n{prog}: --help lists every key", file=sys.stderr)
+            raise UsageError(str(error)) from None
+
+    def _apply(self, line: CommandLine) -> list[str]:
+        """Set the keys a command line gives; return a line for each that cannot be set."""
+        layer: dict[str, Any] = {}
+        problems: list[str] = []
+        for option in line.options:
+            key, words = option.key, option.words
+            if not self._knows(key) and key.startswith("no_") and words is None and self._knows(key[3:]):
+                key, words = key[3:], ["false"]
+            new = canonical(RENAMED.get(key, key))
+            annotation = self._annotation(key)
+            converter: Callable[[Any], Any] | None = None
+            if annotation is not None and lookup(new) is None:
+                converter = _converter(annotation)
+            try:
+                value = check_value(new, words, converter)
+                if "." not in new and new not in TOP_LEVEL and annotation is None:
+                    raise ValueError(self._unknown(new, value))
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            layer.pop(key, None)  # the last one given wins
+            layer[key] = value
+        nested: dict[str, Any] = {}
+        for key, value in layer.items():
+            place(nested, key, value) if key in RENAMED else nested.__setitem__(key, value)
+        translated, clashes = translate(nested, stacklevel=4)
+        for key, value in translated.items():
+            try:
+                self.set(key, value)
+            except ConfigError as error:
+                problems.append(str(error))
+        return problems + clashes
+
+    def _knows(self, key: str) -> bool:
+        head = canonical(RENAMED.get(key, key)).split(".")[0]
+        return head in TOP_LEVEL or head in self or head in _hints(type(self)) or "." in key
+
+    def _annotation(self, key: str) -> Any:
+        section: Any = self
+        *path, leaf = canonical(key).split(".")
+        for part in path:
+            section = dict.get(section, part) if isinstance(section, Config) else None
+        return _hints(type(section)).get(leaf) if isinstance(section, Config) else None
+
+    def boot(self) -> Self:
+        """Run `post` of every section and of the configuration, interpolate `${key}`, and validate.
+
+        What `parse` does, without a command line.
+
+        Raises:
+            ConfigError: as `validate`.
+        """
+        self._check()  # `post` sees typed values
+        _run_posts(self)
+        try:
+            self.interpolate()
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.validate()
+        self._seal()
+        return self
+
+    def _seal(self) -> None:
+        """Stop making sections on reads: from here on a missing name is an `AttributeError`."""
+        self.apply_(lambda item: item.setattr("default_factory", Null) if isinstance(item, Config) else None)
+
+    def validate(self) -> None:
+        """Check names, types, ranges and contradictions, and give every key its typed value or default.
+
+        Raises:
+            ConfigError: listing every problem: the key, its value, what is allowed, the nearest valid key.
+        """
+        frozen = self.getattr("frozen", False)
+        self.defrost()
+        try:
+            problems = self._check()
+            for text, name, value in self.__dict__.get("_conflicts", []):
+                if name is None or self.get(name, None) != value:
+                    problems.append(text)
+            if not problems:
+                self._fill({name: deepcopy(key.default) for name, key in KEYS.items() if key.default is not ABSENT})
+                problems = contradictions(self)
+            if problems:
+                raise ConfigError(_joined(problems))
+        finally:
+            if frozen:
+                self.freeze()
+
+    def _check(self) -> list[str]:
+        """Convert every value to its type in place; return a line for each that cannot be."""
+        _drop_empty(self)
+        _unwrap_variables(self)
+        problems: list[str] = []
+        hints = _hints(type(self))
+        for name, value in list(self.items()):
+            if name in ENVIRONMENT and name not in hints:
+                problems.append(
+                    f"{name}: {value!r} is not a configuration key; it is read from the environment variable {name.upper()}"
+                )
+            elif name in SECTIONS:
+                problems += self._check_section(name, value)
+            elif name in KEYS:
+                problems += _convert_in(self, name, name, KEYS[name].convert)
+            elif name in hints:
+                problems += _convert_in(self, name, name, _converter(hints[name]))
+                if isinstance(dict.get(self, name), Config):
+                    problems += _check_user(name, dict.get(self, name))
+            elif isinstance(value, Mapping):
+                near = next(
+                    (
+                        key
+                        for key in sorted(TOP_LEVEL | SYNONYMS.keys())
+                        if len(key) >= 5 and one_edit_away(str(name), key)
+                    ),
+                    None,
+                )
+                if near:
+                    problems.append(f"{name}: unknown section, one letter away from {near!r}; did you mean {near!r}?")
+                else:
+                    problems += _check_user(str(name), value)
+            else:
+                problems.append(self._unknown(str(name), value))
+        for name, hint in hints.items():
+            if name not in self and name not in TOP_LEVEL and _is_required(hint):
+                problems.append(
+                    f"{name}: missing; {type(self).__name__} declares it as {annotation_name(hint)} without a default"
+                )
+        return problems
+
+    def _check_section(self, path: str, value: Any) -> list[str]:
+        if value is None:
+            dict.pop(self, path, None) if "." not in path else None
+            self.__dict__.pop(path, None)
+            return []
+        if not isinstance(value, Config):
+            hint = "; a checkpoint to continue from is now given as 'resume'" if path == "checkpoint" else ""
+            return [
+                f"{problem(path, value, f'a section with keys such as {nearest(path, [k for k in KEYS if k.startswith(path)])!r}')}{hint}"
+            ]
+        problems: list[str] = []
+        for name, item in list(value.items()):
+            full = f"{path}.{name}"
+            key = lookup(full)
+            if full in SECTIONS:
+                if item is None:
+                    value.pop(name)
+                elif isinstance(item, Config):
+                    problems += self._check_section(full, item)
+                else:
+                    problems.append(problem(full, item, "a section"))
+            elif key is not None:
+                problems += _convert_in(value, name, full, key.convert)
+            elif path in CONSTRUCTOR_SECTIONS:
+                value.set(name, _number(item), convert_mapping=False)
+            elif path in SPLIT_SECTIONS and isinstance(item, Config):
+                problems += self._check_section(full, item)
+            else:
+                leaves = [k for k in KEYS if k.startswith(f"{path.split('.')[0]}.")]
+                problems.append(f"{full}: unknown key (value {item!r}); did you mean {nearest(full, leaves)!r}?")
+        return problems
+
+    def _unknown(self, name: str, value: Any) -> str:
+        names = TOP_LEVEL | set(_hints(type(self))) | {key for key in self if isinstance(key, str) and key != name}
+        return (
+            f"{name}: unknown key (value {value!r}); did you mean {nearest(name, names)!r}? A key of your own goes into a "
+            f"section of your own (model.{name}), or is annotated on a subclass of RunnerConfig ({name}: {type(value).__name__})"
+        )
+
+    # -- views
+
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies the run: dotted names and values, without budget, resources and danling's defaults."""
+        excluded = {name for base in type(self).__mro__ for name in base.__dict__.get("identity_exclude", ())}
+        return identity_view(RunnerConfig.of(self) if not self._sealed else self, excluded)
+
+    @property
+    def _sealed(self) -> bool:
+        return not self.getattr("default_factory", None)
+
+    def diff(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:  # type: ignore[override]
+        """Return the dotted keys whose values differ, with both values.
+
+        Examples:
+            >>> RunnerConfig(seed=1).diff(RunnerConfig(seed=2))
+            {'seed': (1, 2)}
+        """
+        return differences(
+            self.of(self), RunnerConfig.of(other) if not isinstance(other, RunnerConfig) else other.of(other)
+        )
+
+    def describe(self) -> list[Row]:
+        """Return the table of all keys: your own first, then danling's; the default is what this object holds."""
+        hints = _hints(type(self))
+        rows = [
+            Row(name, annotation_name(hint), _held(self, name), True, annotation_name(hint), "")
+            for name, hint in hints.items()
+            if name not in TOP_LEVEL and not isinstance(dict.get(self, name), Mapping)
+        ]
+        for name, value in self.items():
+            if name not in TOP_LEVEL and isinstance(value, Config):
+                nested = _hints(type(value))
+                for key, item in value.all_items():
+                    kind = (
+                        annotation_name(nested[key])
+                        if key in nested
+                        else "any"
+                        if item is None
+                        else type(item).__name__
+                    )
+                    rows.append(Row(f"{name}.{key}", kind, item, True, kind, ""))
+        for name, key in KEYS.items():
+            rows.append(Row(name, key.kind, _held(self, name, key.default), key.identity, key.allowed, key.meaning))
+        return rows
+
+    # -- text
+
+    def yamls(self, stream: Any = None) -> str:  # type: ignore[override]
+        """Return the configuration as YAML; written to `stream` too, if given."""
+        text = dump_yaml(self.dict())
+        if stream is not None:
+            stream.write(text)
+        return text
+
+    @classmethod
+    def from_yamls(cls, string: str) -> Self:  # type: ignore[override]
+        """Build a configuration from YAML text."""
+        return cls(parse_yaml(string) or {})
+
+    @classmethod
+    def from_yaml(cls, file: Any) -> Self:  # type: ignore[override]
+        """Build a configuration from a YAML file or stream."""
+        return cls.from_yamls(file.read()) if hasattr(file, "read") else cls(read_mapping(file))
+
+
+def _present(name: str) -> bool:
+    """Whether a key is there from construction on; open mappings are left out so that a touch makes a section."""
+    key = KEYS[name]
+    return key.default is not ABSENT and "mapping" not in split_kind(key.kind)[0]
+
+
+def _held(config: Config, name: str, default: Any = ABSENT) -> Any:
+    found, value = find(config, name)
+    return value if found else default
+
+
+def find_default(cls: type, name: str) -> Any:
+    """Return the default of a key for a config class: the subclass's, else danling's."""
+    found, value = find(_class_defaults(cls), name)
+    return value if found else KEYS[name].default
+
+
+def _joined(problems: list[str]) -> str:
+    return (
+        problems[0]
+        if len(problems) == 1
+        else "\n  ".join([f"{len(problems)} problems in the configuration:", *problems])
+    )
+
+
+def _converter(annotation: Any) -> Callable[[Any], Any]:
+    return lambda value: convert_annotation(annotation, value)
+
+
+def _is_required(hint: Any) -> bool:
+    try:
+        convert_annotation(hint, None)
+    except ValueError:
+        return not (isinstance(get_origin(hint) or hint, type) and issubclass(get_origin(hint) or hint, Mapping))
+    return False
+
+
+def _convert_in(section: Config, name: Any, path: str, convert: Callable[[Any], Any]) -> list[str]:
+    value = dict.get(section, name)
+    try:
+        typed = convert(value)
+    except ValueError as error:
+        return [problem(path, value, str(error))]
+    if typed is not value:
+        dict.__setitem__(section, name, typed)
+        section.set(name, typed, convert_mapping=False)
+    return []
+
+
+def _check_user(path: str, section: Mapping[Any, Any]) -> list[str]:
+    """Type a section of the user's own by its annotations; anything else in it must be a value files can hold."""
+    problems: list[str] = []
+    hints = _hints(type(section)) if isinstance(section, Config) else {}
+    for name, value in list(section.items()):
+        full = f"{path}.{name}"
+        if name in hints:
+            problems += _convert_in(section, name, full, _converter(hints[name]))  # type: ignore[arg-type]
+            value = section[name]
+        if isinstance(value, Mapping):
+            problems += _check_user(full, value)
+        else:
+            try:
+                plain(value, full)
+            except ConfigError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _number(value: Any) -> Any:
+    """Read numeric text, which YAML 1.1 makes of `1e-3`, as the number it is."""
+    if isinstance(value, str):
+        try:
+            number = parse_yaml(value)
+        except Exception:
+            return value
+        return number if isinstance(number, (int, float)) and not isinstance(number, bool) else value
+    return value
+
+
+def _drop_empty(section: Config) -> None:
+    """Remove sections that only a read has made."""
+    for name, value in list(section.items()):
+        if isinstance(value, Config):
+            _drop_empty(value)
+            if not value and value.getattr("made_by_a_read", False):
+                dict.pop(section, name)
+                section.__dict__.pop(name, None)
+
+
+def _unwrap_variables(section: Config) -> None:
+    """Put the plain value in place of each of chanfig's interpolated variables."""
+    for name, value in list(section.items()):
+        if isinstance(value, Config):
+            _unwrap_variables(value)
+        elif issubclass(type(value), Variable):
+            dict.__setitem__(section, name, value.value)
+            section.set(name, value.value, convert_mapping=False)
+        elif type(value) is list and any(issubclass(type(item), Variable) for item in value):
+            value[:] = [item.value if issubclass(type(item), Variable) else item for item in value]
+
+
+def _run_posts(section: Config) -> None:
+    for value in list(section.values()):
+        if isinstance(value, Config):
+            _run_posts(value)
+    section.post()
+
+
+def contradictions(config: Mapping[str, Any]) -> list[str]:
+    """Return a line for each pair of valid values of a configuration that exclude each other."""
+
+    def value(name: str) -> Any:
+        return find(config, name)[1]
+
+    lines = []
+    if value("steps") is not None and value("epochs") is not None:
+        lines.append(
+            f"steps: {value('steps')} and epochs: {value('epochs')} are both set; the budget is one or the other"
+        )
+    mode = value("checkpoint.async_mode")
+    if not value("checkpoint.async_enabled") and mode not in (None, "disabled"):
+        lines.append(
+            f"checkpoint.async_enabled: False contradicts checkpoint.async_mode: {mode!r}; leave one of them out"
+        )
+    if value("compile.mode") is not None and value("compile.options") is not None:
+        lines.append(
+            f"compile.mode: {value('compile.mode')!r} and compile.options exclude each other in torch.compile; give one"
+        )
+    axes = value("parallel.axes")
+    if sum(degree == -1 for degree in axes.values()) > 1:
+        filled = ", ".join(f"parallel.axes.{axis}" for axis, degree in axes.items() if degree == -1)
+        lines.append(f"{filled}: only one axis can be -1, to be filled with what is left")
+    if value("fsdp.enabled") is False and axes["shard"] > 1:
+        lines.append(f"fsdp.enabled: False contradicts parallel.axes.shard: {axes['shard']}")
+    ft = value("ft")
+    if not ft["replica_id"] < ft["group_size"]:
+        lines.append(f"ft.replica_id: {ft['replica_id']} must be below ft.group_size: {ft['group_size']}")
+    if not ft["min_replica_size"] <= ft["group_size"]:
+        lines.append(f"ft.min_replica_size: {ft['min_replica_size']} must not exceed ft.group_size: {ft['group_size']}")
+    for engine, stacks in {"deepspeed": ("auto", "deepspeed", "ds"), "accelerate": ("auto", "accelerate")}.items():
+        if value(engine) is not None and value("stack").lower().replace("-", "_") not in stacks:
+            lines.append(
+                f"{engine}: given, but stack is {value('stack')!r}; use stack {engine!r}, or leave the section out"
+            )
+    loader = value("dataloader")
+    splits = {name: options for name, options in loader.items() if isinstance(options, Mapping)}
+    for path, options in [
+        ("dataloader", loader),
+        *((f"dataloader.{name}", {**loader, **split}) for name, split in splits.items()),
+    ]:
+        if not options["num_workers"]:
+            given = loader if path == "dataloader" else splits[path.split(".", 1)[1]]
+            for name in ("prefetch_factor", "persistent_workers"):
+                if options[name] and (name in given or "num_workers" in given):
+                    lines.append(f"{path}.{name}: {options[name]!r} needs workers, but {path}.num_workers is 0")
+    if not loader["in_order"] or any(split.get("in_order") is False for split in splits.values()):
+        warnings.warn(
+            "dataloader.in_order: False gives up exact resume: batches arrive in the order workers finish",
+            UserWarning,
+            stacklevel=4,
+        )
+    return lines
