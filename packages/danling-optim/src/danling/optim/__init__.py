@@ -1,3 +1,17 @@
-"""danling.optim: see the package README."""
+"""Optimizers and schedulers by name, a schedule that people extend in one method, and the step of the weights."""
 
-__all__: list[str] = []
+from .groups import param_groups
+from .lr_scheduler import LRScheduler
+from .optimizers import OPTIMIZERS
+from .schedulers import SCHEDULERS
+from .step import OptimizerContainer, OptimizerStep, OptimizerStepResult
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULERS",
+    "LRScheduler",
+    "OptimizerContainer",
+    "OptimizerStep",
+    "OptimizerStepResult",
+    "param_groups",
+]
