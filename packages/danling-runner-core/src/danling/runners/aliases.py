@@ -69,8 +69,9 @@ def translate(layer: Mapping[Any, Any], stacklevel: int = 2) -> tuple[dict[Any, 
             continue
         new = canonical(name)
         if new in result and isinstance(result[new], Mapping) and isinstance(value, Mapping):
-            clashes = differing(result[new], value, new)
-            problems += [conflict(name + path[len(new) :], given, path, kept) for path, kept, given in clashes]
+            old = name if name != new else next(key for key, section in SYNONYMS.items() if section == new)
+            clashes = differing(result[new], value, "")
+            problems += [conflict(f"{old}{path}", given, f"{new}{path}", kept) for path, kept, given in clashes]
             result[new] = overlay(result[new], value)
         elif new in result and result[new] != value:
             problems.append(conflict(str(name), value, new, result[new]))

@@ -9,19 +9,19 @@ unknown arguments with a warning at most, and ignores the file a command line na
 from __future__ import annotations
 
 import sys
-import typing
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from os import PathLike
-from typing import Any, ClassVar, Self, get_origin
+from typing import Any, ClassVar, Self
 
 from chanfig import Config, Variable
 from chanfig.utils import Null
 
-from .aliases import RENAMED, SYNONYMS, canonical, conflict, find, place, translate, warn_renamed
+from .aliases import RENAMED, SYNONYMS, canonical, conflict, place, translate, warn_renamed
 from .commandline import CommandLine, Row, check_value, help_text, problem, split_arguments
 from .configfile import dump_yaml, parse_yaml, plain, read_mapping
+from .contradictions import contradictions
+from .declared import class_defaults, converter_of, default_of, held, hints_of, is_required, joined, to_number
 from .errors import ConfigError, UsageError
 from .identity import differences, identity_view
 from .keys import (
@@ -36,7 +36,7 @@ from .keys import (
     nearest,
     one_edit_away,
 )
-from .kinds import annotation_name, convert_annotation, split_kind
+from .kinds import annotation_name, split_kind
 
 
 def _made_by_a_read() -> Config:
@@ -63,44 +63,6 @@ def _tree(mapping: Mapping[Any, Any]) -> Config:
         else:
             section.set(name, value, convert_mapping=False)
     return section
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """Return what the user's classes of a config annotate: public names that are not `ClassVar`s."""
-    hints: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if not issubclass(base, Config) or base in (Config, RunnerConfig):
-            continue
-        own = base.__dict__.get("__annotations__", {})
-        try:
-            resolved = typing.get_type_hints(base)
-        except Exception:  # a name that exists for the type checker alone
-            resolved = {}
-        for name in own:
-            hint = resolved.get(name, Any)
-            is_class_variable = get_origin(hint) is ClassVar or hint is ClassVar or "ClassVar" in str(own[name])
-            if not name.startswith("_") and not is_class_variable:
-                hints[name] = hint
-    return hints
-
-
-def _class_defaults(cls: type) -> dict[str, Any]:
-    """Return the defaults that a subclass declares: annotated attributes, and danling keys without annotation too."""
-    defaults: dict[str, Any] = {}
-    hints = _hints(cls)
-    for base in reversed(cls.__mro__):
-        if not issubclass(base, RunnerConfig) or base is RunnerConfig:
-            continue
-        for name, value in base.__dict__.items():
-            is_key = canonical(name) in TOP_LEVEL or name in RENAMED
-            if (
-                name in hints
-                or is_key
-                and not callable(value)
-                and not isinstance(value, (property, classmethod, staticmethod))
-            ):
-                defaults[name] = value
-    return defaults
 
 
 class _Meta(type(Config)):  # type: ignore[misc]
@@ -158,7 +120,7 @@ class RunnerConfig(Config, metaclass=_Meta):
         for layer in (*args, kwargs):
             if layer:
                 self._take(layer, stacklevel=3)
-        defaults, _ = translate(_class_defaults(type(self)), stacklevel=3)
+        defaults, _ = translate(class_defaults(type(self)), stacklevel=3)
         self._fill(deepcopy(defaults))
         self._fill({name: deepcopy(key.default) for name, key in KEYS.items() if _present(name)})
 
@@ -215,7 +177,7 @@ class RunnerConfig(Config, metaclass=_Meta):
             warn_renamed(name, stacklevel=2)
             new = RENAMED[name]
             current = self.get(new, None) if new in self else None
-            if new in self and current != value and current != find_default(type(self), new):
+            if new in self and current != value and current != default_of(type(self), new):
                 self.__dict__.setdefault("_conflicts", []).append((conflict(name, value, new, current), new, value))
                 return
             name = new
@@ -232,7 +194,7 @@ class RunnerConfig(Config, metaclass=_Meta):
             section = dict.get(self, head)
         place_in = section
         parts = rest.split(".")
-        for depth, part in enumerate(parts[:-1]):
+        for part in parts[:-1]:
             if not isinstance(place_in, Config):
                 break
             if dict.get(place_in, part) is None:
@@ -284,7 +246,7 @@ class RunnerConfig(Config, metaclass=_Meta):
                 self._take(read_mapping(file), stacklevel=2)
             problems = line.problems + self._apply(line)
             if problems:
-                raise ConfigError(_joined(problems))
+                raise ConfigError(joined(problems))
             return self.boot()
         except UsageError:
             raise
@@ -304,7 +266,7 @@ class RunnerConfig(Config, metaclass=_Meta):
             annotation = self._annotation(key)
             converter: Callable[[Any], Any] | None = None
             if annotation is not None and lookup(new) is None:
-                converter = _converter(annotation)
+                converter = converter_of(annotation)
             try:
                 value = check_value(new, words, converter)
                 if "." not in new and new not in TOP_LEVEL and annotation is None:
@@ -327,14 +289,14 @@ class RunnerConfig(Config, metaclass=_Meta):
 
     def _knows(self, key: str) -> bool:
         head = canonical(RENAMED.get(key, key)).split(".")[0]
-        return head in TOP_LEVEL or head in self or head in _hints(type(self)) or "." in key
+        return head in TOP_LEVEL or head in self or head in hints_of(type(self)) or "." in key
 
     def _annotation(self, key: str) -> Any:
         section: Any = self
         *path, leaf = canonical(key).split(".")
         for part in path:
             section = dict.get(section, part) if isinstance(section, Config) else None
-        return _hints(type(section)).get(leaf) if isinstance(section, Config) else None
+        return hints_of(type(section)).get(leaf) if isinstance(section, Config) else None
 
     def boot(self) -> Self:
         """Run `post` of every section and of the configuration, interpolate `${key}`, and validate.
@@ -377,7 +339,7 @@ class RunnerConfig(Config, metaclass=_Meta):
                 self._fill({name: deepcopy(key.default) for name, key in KEYS.items() if key.default is not ABSENT})
                 problems = contradictions(self)
             if problems:
-                raise ConfigError(_joined(problems))
+                raise ConfigError(joined(problems))
         finally:
             if frozen:
                 self.freeze()
@@ -387,18 +349,17 @@ class RunnerConfig(Config, metaclass=_Meta):
         _drop_empty(self)
         _unwrap_variables(self)
         problems: list[str] = []
-        hints = _hints(type(self))
+        hints = hints_of(type(self))
         for name, value in list(self.items()):
             if name in ENVIRONMENT and name not in hints:
-                problems.append(
-                    f"{name}: {value!r} is not a configuration key; it is read from the environment variable {name.upper()}"
-                )
+                source = f"it is read from the environment variable {name.upper()}"
+                problems.append(f"{name}: {value!r} is not a configuration key; {source}")
             elif name in SECTIONS:
                 problems += self._check_section(name, value)
             elif name in KEYS:
                 problems += _convert_in(self, name, name, KEYS[name].convert)
             elif name in hints:
-                problems += _convert_in(self, name, name, _converter(hints[name]))
+                problems += _convert_in(self, name, name, converter_of(hints[name]))
                 if isinstance(dict.get(self, name), Config):
                     problems += _check_user(name, dict.get(self, name))
             elif isinstance(value, Mapping):
@@ -417,7 +378,7 @@ class RunnerConfig(Config, metaclass=_Meta):
             else:
                 problems.append(self._unknown(str(name), value))
         for name, hint in hints.items():
-            if name not in self and name not in TOP_LEVEL and _is_required(hint):
+            if name not in self and name not in TOP_LEVEL and is_required(hint):
                 problems.append(
                     f"{name}: missing; {type(self).__name__} declares it as {annotation_name(hint)} without a default"
                 )
@@ -430,9 +391,8 @@ class RunnerConfig(Config, metaclass=_Meta):
             return []
         if not isinstance(value, Config):
             hint = "; a checkpoint to continue from is now given as 'resume'" if path == "checkpoint" else ""
-            return [
-                f"{problem(path, value, f'a section with keys such as {nearest(path, [k for k in KEYS if k.startswith(path)])!r}')}{hint}"
-            ]
+            example = next(key for key in KEYS if key.startswith(f"{path}."))
+            return [problem(path, value, f"a section with keys such as {example!r}") + hint]
         problems: list[str] = []
         for name, item in list(value.items()):
             full = f"{path}.{name}"
@@ -447,7 +407,7 @@ class RunnerConfig(Config, metaclass=_Meta):
             elif key is not None:
                 problems += _convert_in(value, name, full, key.convert)
             elif path in CONSTRUCTOR_SECTIONS:
-                value.set(name, _number(item), convert_mapping=False)
+                value.set(name, to_number(item), convert_mapping=False)
             elif path in SPLIT_SECTIONS and isinstance(item, Config):
                 problems += self._check_section(full, item)
             else:
@@ -456,10 +416,11 @@ class RunnerConfig(Config, metaclass=_Meta):
         return problems
 
     def _unknown(self, name: str, value: Any) -> str:
-        names = TOP_LEVEL | set(_hints(type(self))) | {key for key in self if isinstance(key, str) and key != name}
+        names = KEYS.keys() | TOP_LEVEL | hints_of(type(self)).keys() | {key for key in self if key != name}
         return (
-            f"{name}: unknown key (value {value!r}); did you mean {nearest(name, names)!r}? A key of your own goes into a "
-            f"section of your own (model.{name}), or is annotated on a subclass of RunnerConfig ({name}: {type(value).__name__})"
+            f"{name}: unknown key (value {value!r}); did you mean {nearest(name, names)!r}? A key of your own goes into "
+            f"a section of your own (model.{name}), or is annotated on a subclass of RunnerConfig "
+            f"({name}: {type(value).__name__})"
         )
 
     # -- views
@@ -467,11 +428,7 @@ class RunnerConfig(Config, metaclass=_Meta):
     def identity(self) -> dict[str, Any]:
         """Return what identifies the run: dotted names and values, without budget, resources and danling's defaults."""
         excluded = {name for base in type(self).__mro__ for name in base.__dict__.get("identity_exclude", ())}
-        return identity_view(RunnerConfig.of(self) if not self._sealed else self, excluded)
-
-    @property
-    def _sealed(self) -> bool:
-        return not self.getattr("default_factory", None)
+        return identity_view(self.of(self), excluded)
 
     def diff(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:  # type: ignore[override]
         """Return the dotted keys whose values differ, with both values.
@@ -480,21 +437,19 @@ class RunnerConfig(Config, metaclass=_Meta):
             >>> RunnerConfig(seed=1).diff(RunnerConfig(seed=2))
             {'seed': (1, 2)}
         """
-        return differences(
-            self.of(self), RunnerConfig.of(other) if not isinstance(other, RunnerConfig) else other.of(other)
-        )
+        return differences(self.of(self), self.of(other))
 
     def describe(self) -> list[Row]:
         """Return the table of all keys: your own first, then danling's; the default is what this object holds."""
-        hints = _hints(type(self))
+        hints = hints_of(type(self))
         rows = [
-            Row(name, annotation_name(hint), _held(self, name), True, annotation_name(hint), "")
+            Row(name, annotation_name(hint), held(self, name), True, annotation_name(hint), "")
             for name, hint in hints.items()
             if name not in TOP_LEVEL and not isinstance(dict.get(self, name), Mapping)
         ]
         for name, value in self.items():
             if name not in TOP_LEVEL and isinstance(value, Config):
-                nested = _hints(type(value))
+                nested = hints_of(type(value))
                 for key, item in value.all_items():
                     kind = (
                         annotation_name(nested[key])
@@ -505,7 +460,7 @@ class RunnerConfig(Config, metaclass=_Meta):
                     )
                     rows.append(Row(f"{name}.{key}", kind, item, True, kind, ""))
         for name, key in KEYS.items():
-            rows.append(Row(name, key.kind, _held(self, name, key.default), key.identity, key.allowed, key.meaning))
+            rows.append(Row(name, key.kind, held(self, name, key.default), key.identity, key.allowed, key.meaning))
         return rows
 
     # -- text
@@ -534,37 +489,6 @@ def _present(name: str) -> bool:
     return key.default is not ABSENT and "mapping" not in split_kind(key.kind)[0]
 
 
-def _held(config: Config, name: str, default: Any = ABSENT) -> Any:
-    found, value = find(config, name)
-    return value if found else default
-
-
-def find_default(cls: type, name: str) -> Any:
-    """Return the default of a key for a config class: the subclass's, else danling's."""
-    found, value = find(_class_defaults(cls), name)
-    return value if found else KEYS[name].default
-
-
-def _joined(problems: list[str]) -> str:
-    return (
-        problems[0]
-        if len(problems) == 1
-        else "\n  ".join([f"{len(problems)} problems in the configuration:", *problems])
-    )
-
-
-def _converter(annotation: Any) -> Callable[[Any], Any]:
-    return lambda value: convert_annotation(annotation, value)
-
-
-def _is_required(hint: Any) -> bool:
-    try:
-        convert_annotation(hint, None)
-    except ValueError:
-        return not (isinstance(get_origin(hint) or hint, type) and issubclass(get_origin(hint) or hint, Mapping))
-    return False
-
-
 def _convert_in(section: Config, name: Any, path: str, convert: Callable[[Any], Any]) -> list[str]:
     value = dict.get(section, name)
     try:
@@ -580,11 +504,11 @@ def _convert_in(section: Config, name: Any, path: str, convert: Callable[[Any], 
 def _check_user(path: str, section: Mapping[Any, Any]) -> list[str]:
     """Type a section of the user's own by its annotations; anything else in it must be a value files can hold."""
     problems: list[str] = []
-    hints = _hints(type(section)) if isinstance(section, Config) else {}
+    hints = hints_of(type(section)) if isinstance(section, Config) else {}
     for name, value in list(section.items()):
         full = f"{path}.{name}"
         if name in hints:
-            problems += _convert_in(section, name, full, _converter(hints[name]))  # type: ignore[arg-type]
+            problems += _convert_in(section, name, full, converter_of(hints[name]))  # type: ignore[arg-type]
             value = section[name]
         if isinstance(value, Mapping):
             problems += _check_user(full, value)
@@ -594,17 +518,6 @@ def _check_user(path: str, section: Mapping[Any, Any]) -> list[str]:
             except ConfigError as error:
                 problems.append(str(error))
     return problems
-
-
-def _number(value: Any) -> Any:
-    """Read numeric text, which YAML 1.1 makes of `1e-3`, as the number it is."""
-    if isinstance(value, str):
-        try:
-            number = parse_yaml(value)
-        except Exception:
-            return value
-        return number if isinstance(number, (int, float)) and not isinstance(number, bool) else value
-    return value
 
 
 def _drop_empty(section: Config) -> None:
@@ -634,59 +547,3 @@ def _run_posts(section: Config) -> None:
         if isinstance(value, Config):
             _run_posts(value)
     section.post()
-
-
-def contradictions(config: Mapping[str, Any]) -> list[str]:
-    """Return a line for each pair of valid values of a configuration that exclude each other."""
-
-    def value(name: str) -> Any:
-        return find(config, name)[1]
-
-    lines = []
-    if value("steps") is not None and value("epochs") is not None:
-        lines.append(
-            f"steps: {value('steps')} and epochs: {value('epochs')} are both set; the budget is one or the other"
-        )
-    mode = value("checkpoint.async_mode")
-    if not value("checkpoint.async_enabled") and mode not in (None, "disabled"):
-        lines.append(
-            f"checkpoint.async_enabled: False contradicts checkpoint.async_mode: {mode!r}; leave one of them out"
-        )
-    if value("compile.mode") is not None and value("compile.options") is not None:
-        lines.append(
-            f"compile.mode: {value('compile.mode')!r} and compile.options exclude each other in torch.compile; give one"
-        )
-    axes = value("parallel.axes")
-    if sum(degree == -1 for degree in axes.values()) > 1:
-        filled = ", ".join(f"parallel.axes.{axis}" for axis, degree in axes.items() if degree == -1)
-        lines.append(f"{filled}: only one axis can be -1, to be filled with what is left")
-    if value("fsdp.enabled") is False and axes["shard"] > 1:
-        lines.append(f"fsdp.enabled: False contradicts parallel.axes.shard: {axes['shard']}")
-    ft = value("ft")
-    if not ft["replica_id"] < ft["group_size"]:
-        lines.append(f"ft.replica_id: {ft['replica_id']} must be below ft.group_size: {ft['group_size']}")
-    if not ft["min_replica_size"] <= ft["group_size"]:
-        lines.append(f"ft.min_replica_size: {ft['min_replica_size']} must not exceed ft.group_size: {ft['group_size']}")
-    for engine, stacks in {"deepspeed": ("auto", "deepspeed", "ds"), "accelerate": ("auto", "accelerate")}.items():
-        if value(engine) is not None and value("stack").lower().replace("-", "_") not in stacks:
-            lines.append(
-                f"{engine}: given, but stack is {value('stack')!r}; use stack {engine!r}, or leave the section out"
-            )
-    loader = value("dataloader")
-    splits = {name: options for name, options in loader.items() if isinstance(options, Mapping)}
-    for path, options in [
-        ("dataloader", loader),
-        *((f"dataloader.{name}", {**loader, **split}) for name, split in splits.items()),
-    ]:
-        if not options["num_workers"]:
-            given = loader if path == "dataloader" else splits[path.split(".", 1)[1]]
-            for name in ("prefetch_factor", "persistent_workers"):
-                if options[name] and (name in given or "num_workers" in given):
-                    lines.append(f"{path}.{name}: {options[name]!r} needs workers, but {path}.num_workers is 0")
-    if not loader["in_order"] or any(split.get("in_order") is False for split in splits.values()):
-        warnings.warn(
-            "dataloader.in_order: False gives up exact resume: batches arrive in the order workers finish",
-            UserWarning,
-            stacklevel=4,
-        )
-    return lines

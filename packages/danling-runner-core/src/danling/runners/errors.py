@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used: unknown keys, wrong values, contradictions; the message lists all of them."""
+    """A configuration that cannot be used: unknown keys, wrong values, contradictions; the message lists them all."""
 
 
 class UsageError(ConfigError, SystemExit):

@@ -1,7 +1,7 @@
 """What identifies a run: the identity view of its configuration and the ids made from it.
 
-Model, data and optimisation are inside; budget, resources, logging, cadence, directories and the layout over devices are
-not, so a run can be extended, moved to other machines and resumed. Everything here is a pure function of plain mappings.
+Model, data and optimisation are inside; budget, resources, logging, cadence, directories and the layout over devices
+are not, so a run can be extended, moved to other machines and resumed. All functions are pure, of plain mappings.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def _identifies(name: str, value: Any) -> bool:
     return not is_default and value not in key.neutral
 
 
-def canonical_json(view: Mapping[str, Any]) -> str:
+def canonical_json(value: Any) -> str:
     """Return the text an id is computed from: sorted keys, no spaces, all of Unicode as it is."""
-    return json.dumps(view, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def config_id(view: Mapping[str, Any]) -> str:
@@ -120,6 +120,5 @@ def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
     return {
         name: (left.get(name), right.get(name))
         for name in names
-        if normalise(left.get(name)) != normalise(right.get(name))
-        or type(left.get(name)) is bool is not type(right.get(name)) is bool
+        if canonical_json(normalise(left.get(name))) != canonical_json(normalise(right.get(name)))
     }

@@ -488,11 +488,10 @@ def nearest(name: str, candidates: Any) -> str:
         >>> nearest("checkpoint.intervall", KEYS)
         'checkpoint.interval'
     """
-    names = sorted(candidates)
-    found = get_close_matches(name, names, n=1, cutoff=0.6)
-    if not found:  # right name in the wrong section
-        leaf = name.rsplit(".", 1)[-1]
-        found = [item for item in names if item.rsplit(".", 1)[-1] == leaf]
+    names = sorted(map(str, candidates))
+    leaf = name.rsplit(".", 1)[-1]
+    same_leaf = [item for item in names if "." in item and item.rsplit(".", 1)[-1] == leaf]  # the wrong section
+    found = get_close_matches(name, names, n=1, cutoff=0.75) or same_leaf
     return (found or get_close_matches(name, names, n=1, cutoff=0.0))[0]
 
 

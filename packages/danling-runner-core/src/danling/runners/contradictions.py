@@ -1,0 +1,65 @@
+"""Values that are fine one by one and exclude each other."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from .aliases import find
+
+
+def contradictions(config: Mapping[str, Any]) -> list[str]:
+    """Return a line for each pair of valid values of a configuration that exclude each other."""
+
+    def value(name: str) -> Any:
+        return find(config, name)[1]
+
+    lines = []
+    if value("steps") is not None and value("epochs") is not None:
+        lines.append(
+            f"steps: {value('steps')} and epochs: {value('epochs')} are both set; the budget is one or the other"
+        )
+    mode = value("checkpoint.async_mode")
+    if not value("checkpoint.async_enabled") and mode not in (None, "disabled"):
+        lines.append(
+            f"checkpoint.async_enabled: False contradicts checkpoint.async_mode: {mode!r}; leave one of them out"
+        )
+    if value("compile.mode") is not None and value("compile.options") is not None:
+        lines.append(
+            f"compile.mode: {value('compile.mode')!r} and compile.options exclude each other in torch.compile; give one"
+        )
+    axes = value("parallel.axes")
+    if sum(degree == -1 for degree in axes.values()) > 1:
+        filled = ", ".join(f"parallel.axes.{axis}" for axis, degree in axes.items() if degree == -1)
+        lines.append(f"{filled}: only one axis can be -1, to be filled with what is left")
+    if value("fsdp.enabled") is False and axes["shard"] > 1:
+        lines.append(f"fsdp.enabled: False contradicts parallel.axes.shard: {axes['shard']}")
+    ft = value("ft")
+    if not ft["replica_id"] < ft["group_size"]:
+        lines.append(f"ft.replica_id: {ft['replica_id']} must be below ft.group_size: {ft['group_size']}")
+    if not ft["min_replica_size"] <= ft["group_size"]:
+        lines.append(f"ft.min_replica_size: {ft['min_replica_size']} must not exceed ft.group_size: {ft['group_size']}")
+    for engine, stacks in {"deepspeed": ("auto", "deepspeed", "ds"), "accelerate": ("auto", "accelerate")}.items():
+        if value(engine) is not None and value("stack").lower().replace("-", "_") not in stacks:
+            lines.append(
+                f"{engine}: given, but stack is {value('stack')!r}; use stack {engine!r}, or leave the section out"
+            )
+    loader = value("dataloader")
+    splits = {name: options for name, options in loader.items() if isinstance(options, Mapping)}
+    for path, options in [
+        ("dataloader", loader),
+        *((f"dataloader.{name}", {**loader, **split}) for name, split in splits.items()),
+    ]:
+        if not options["num_workers"]:
+            given = loader if path == "dataloader" else splits[path.split(".", 1)[1]]
+            for name in ("prefetch_factor", "persistent_workers"):
+                if options[name] and (name in given or "num_workers" in given):
+                    lines.append(f"{path}.{name}: {options[name]!r} needs workers, but {path}.num_workers is 0")
+    if not loader["in_order"] or any(split.get("in_order") is False for split in splits.values()):
+        warnings.warn(
+            "dataloader.in_order: False gives up exact resume: batches arrive in the order workers finish",
+            UserWarning,
+            stacklevel=4,
+        )
+    return lines
