@@ -1,9 +1,9 @@
 """The life of an experiment: configuration, training loop, results, checkpoints, logs.
 
-Every public name is resolved on first use (PEP 562), so ``import danling.runners`` loads neither torch nor chanfig. The concrete
-runners (`TorchRunner`, `ParallelRunner`, `DeepSpeedRunner`, `AccelerateRunner`) come from packages of their own and are found
-through the entry-point group ``danling.runners``; asking for one that is not installed raises an `ImportError` that names the
-``pip install``.
+Every public name is resolved on first use (PEP 562), so ``import danling.runners`` loads neither torch nor chanfig. The
+concrete runners (`TorchRunner`, `ParallelRunner`, `DeepSpeedRunner`, `AccelerateRunner`) come from packages of their
+own and are found through the entry-point group ``danling.runners``; asking for one that is not installed raises an
+`ImportError` that names the ``pip install``.
 """
 
 from __future__ import annotations

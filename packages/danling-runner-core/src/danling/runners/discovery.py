@@ -66,8 +66,8 @@ class StackChoice:
 def stacks() -> dict[str, StackInfo]:
     """Every stack that is installed or could be, by name; danling's own first.
 
-    No engine is imported: the answer comes from the installed packages' metadata. ``installed`` stacks whose own requirements
-    are missing carry a ``problem``.
+    No engine is imported: the answer comes from the installed packages' metadata. ``installed`` stacks whose own
+    requirements are missing carry a ``problem``.
 
     Examples:
         >>> known = stacks()
@@ -124,7 +124,8 @@ def load_engine(name: str) -> type[BaseRunner]:
     """Import the class behind a stack's name.
 
     Raises:
-        StackError: there is none, two packages claim the name, its module cannot be imported, or the class is no `BaseRunner`.
+        StackError: there is none, two packages claim the name, its module cannot be imported, or the class is no
+            `BaseRunner`.
     """
     from .base_runner import BaseRunner
 
@@ -194,7 +195,9 @@ def _entry_point(name: str) -> EntryPoint:
         installs = [f"{other} ({info.install})" for other, info in stacks().items() if not info.installed]
         more = f" Not installed: {', '.join(installs)}." if installs else ""
         raise StackError(f"unknown stack {name!r}{hint} Installed: {', '.join(sorted(found)) or 'none'}.{more}")
-    if info.problem and not info.problem.startswith("needs "):  # a missing requirement is reported better by the import itself
+    if info.problem and not info.problem.startswith(
+        "needs "
+    ):  # a missing requirement is reported better by the import itself
         raise StackError(f"stack {name!r}: {info.problem}")
     return found[name][0]
 

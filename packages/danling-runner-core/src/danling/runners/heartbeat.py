@@ -19,14 +19,14 @@ class Heartbeat:
 
     Args:
         directory: created if it is missing.
-        read: what to write, called on the heartbeat's thread: ``mode``, ``split``, ``counters``, ... . It must only read
-            attributes.
+        read: what to write, called on the heartbeat's thread: ``mode``, ``split``, ``counters``, ... . It must only
+            read attributes.
         rank, world_size: of this process.
         interval: seconds between two beats.
         problems: where failing writes are counted; they are never an error.
 
-    ``last_progress`` is the time at which a beat last saw ``counters`` differ from the beat before: a process that lives but
-    hangs keeps ``time`` moving and leaves ``last_progress`` behind.
+    ``last_progress`` is the time at which a beat last saw ``counters`` differ from the beat before: a process that
+    lives but hangs keeps ``time`` moving and leaves ``last_progress`` behind.
     """
 
     def __init__(

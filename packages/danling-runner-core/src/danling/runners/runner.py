@@ -25,9 +25,9 @@ class Runner(BaseRunner):
             self.datasets.train, self.datasets.val = load_digits()
     ```
 
-    ``Digits(config)`` is an instance of ``Digits``, of `Runner`, and of the engine's class, which ``super()`` reaches: the class of
-    the instance has the bases (``Digits``, engine). It is made once per pair, bears the name of ``Digits`` and pickles as the
-    pair; no class is changed.
+    ``Digits(config)`` is an instance of ``Digits``, of `Runner`, and of the engine's class, which ``super()`` reaches:
+    the class of the instance has the bases (``Digits``, engine). It is made once per pair, bears the name of ``Digits``
+    and pickles as the pair; no class is changed.
 
     Args:
         config: a `RunnerConfig` or a mapping; it is copied.
@@ -72,7 +72,7 @@ def _find_config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from .config import RunnerConfig
 
     found = kwargs.get("config", next((arg for arg in args if isinstance(arg, Mapping)), None))
-    return RunnerConfig.adopt({} if found is None else found)
+    return RunnerConfig.of({} if found is None else found)
 
 
 def _checkpoint_stack(cls: type[Runner], config: Any) -> str | None:

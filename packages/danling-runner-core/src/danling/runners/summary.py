@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ class Summary:
         about: what names the run: ``name``, ``id``, ``config_id``, ``stack``; written into the file as it is.
         problems: what went wrong without stopping the run.
 
-    The file of an earlier attempt is read for its list of attempts. One that is still ``running`` there was killed: whoever
-    builds a Summary holds the run's lock.
+    The file of an earlier attempt is read for its list of attempts. One that is still ``running`` there was killed:
+    whoever builds a Summary holds the run's lock.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Summary:
             reason: why, in words.
             error: what ended the run.
             exit_code: of the process, as far as it is known.
-            facts: ``counters`` (global_step, micro_step, epoch, samples, skipped), ``targets`` (steps, epochs), ``progress`` (0 to 1),
-                ``latest`` and ``best`` (rows with index and score), ``checkpoint``, ``checkpoint_health``, and whatever else belongs
-                in the file.
+            facts: ``counters`` (global_step, micro_step, epoch, samples, skipped), ``targets`` (steps, epochs),
+                ``progress`` (0 to 1), ``latest`` and ``best`` (rows with index and score), ``checkpoint``,
+                ``checkpoint_health``, and whatever else belongs in the file.
 
         Returns:
             Whether the file was written.
@@ -123,4 +123,4 @@ class Summary:
 
 
 def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

@@ -28,8 +28,8 @@ class Stop(IntEnum):
 class Supervisor:
     """What may interrupt a run between two updates.
 
-    A signal handler only sets a flag. The loop reads `pending` at each boundary, brings the flags of all ranks together, and
-    acts on what they agree on:
+    A signal handler only sets a flag. The loop reads `pending` at each boundary, brings the flags of all ranks
+    together, and acts on what they agree on:
 
     - SIGTERM and SIGINT ask for a stop; a second one of either ends the process at once, without a save.
     - SIGUSR1 asks for a save.
@@ -75,7 +75,9 @@ class Supervisor:
     def agree(self, stop: int, save: bool, reason: str | None = None) -> None:
         """Take over what all ranks together decided; the strongest reason wins."""
         if stop:
-            self._ask_stop(Stop(stop), reason or (Stop(stop).name if stop > Stop.REQUEST else "requested by another rank"))
+            self._ask_stop(
+                Stop(stop), reason or (Stop(stop).name if stop > Stop.REQUEST else "requested by another rank")
+            )
         if save:
             self.request_save()
 
@@ -89,7 +91,7 @@ class Supervisor:
         self.stop_reason = None
 
     def exit_error(self) -> BaseException | None:
-        """What the run has to raise once it has saved and closed: ``SystemExit(143)``, ``KeyboardInterrupt``, or nothing."""
+        """What the run raises once it has saved and closed: ``SystemExit(143)``, ``KeyboardInterrupt`` or None."""
         if self.stop is Stop.SIGTERM:
             return SystemExit(128 + signal.SIGTERM)
         if self.stop is Stop.SIGINT:

@@ -21,8 +21,9 @@ _FILE_ONLY = "danling_file_only"
 class Console:
     """Logs, blocks, tables and the progress bar of one run.
 
-    Its logger is ``danling.run.{run}``; it does not propagate, and the root logger is left alone. The main process writes what is
-    below WARNING to stdout and the rest to stderr; other ranks write WARNING and above, with their rank and host.
+    Its logger is ``danling.run.{run}``; it does not propagate, and the root logger is left alone. The main process
+    writes what is below WARNING to stdout and the rest to stderr; other ranks write WARNING and above, with their rank
+    and host.
 
     Args:
         run: names the logger; the run's ``config_id``.
@@ -92,7 +93,9 @@ class Console:
         """
         self.bar.log(values)
         extra = {_FILE_ONLY: self.bar.live}
-        self.logger.info("%s [%d/%s] %s", phase, step, "?" if total is None else total, values_line(values), extra=extra)
+        self.logger.info(
+            "%s [%d/%s] %s", phase, step, "?" if total is None else total, values_line(values), extra=extra
+        )
 
     def evaluation(
         self,
@@ -119,7 +122,7 @@ class Console:
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes to whatever ``sys.stdout`` or ``sys.stderr`` is at that moment; above the progress bar while there is one."""
+    """Writes to what ``sys.stdout`` or ``sys.stderr`` is at that moment; above the progress bar while there is one."""
 
     def __init__(self, owner: Console, stream: str, level: int = logging.NOTSET) -> None:
         super().__init__(level)

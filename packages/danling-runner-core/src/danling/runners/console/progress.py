@@ -14,8 +14,9 @@ REDRAW_SECONDS = 0.25
 class Progress:
     """A bar over the whole budget, and a second one beneath it while an evaluation runs.
 
-    `advance` is called after every update and costs one reading of the clock; the bar is drawn at most four times a second.
-    Neither ``sys.stdout`` nor ``sys.stderr`` is redirected. Without ``console`` nothing is drawn and every call is cheap.
+    `advance` is called after every update and costs one reading of the clock; the bar is drawn at most four times a
+    second. Neither ``sys.stdout`` nor ``sys.stderr`` is redirected. Without ``console`` nothing is drawn and every call
+    is cheap.
 
     Args:
         console: a ``rich.console.Console``, or None.

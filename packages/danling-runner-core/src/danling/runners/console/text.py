@@ -71,12 +71,13 @@ def block(title: str, facts: Mapping[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
-    """Columns aligned by blanks: the first to the left, the others to the left if they hold text, to the right if numbers.
+    """Columns aligned by blanks: text to the left, numbers to the right.
 
     Args:
         header: one name per column.
         rows: as many cells each.
-        width: columns that do not fit into this many characters move into a further table below, which repeats the first.
+        width: columns that do not fit into this many characters move into a further table below, which repeats the
+            first.
 
     Examples:
         >>> print(table(["split", "loss", "acc"], [["train", "0.5", "0.91"], ["val", "12.5", "0.87"]]))
@@ -114,7 +115,8 @@ def evaluation_table(
 
     Examples:
         >>> best = {"val": {"loss": 0.31, "acc": 0.9}}
-        >>> print(evaluation_table({"train": {"loss": 0.25}, "val": {"loss": 0.3, "acc": 0.9125}}, best, mark=("val", "acc")))
+        >>> row = {"train": {"loss": 0.25}, "val": {"loss": 0.3, "acc": 0.9125}}
+        >>> print(evaluation_table(row, best, mark=("val", "acc")))
         split  loss             acc
         train  0.2500           -
         val    0.3000 (0.3100)  0.9125* (0.9000)

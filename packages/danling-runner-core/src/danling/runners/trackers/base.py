@@ -35,8 +35,8 @@ class Trackers:
         metrics_file: a `MetricsFile`, or None on ranks that write nothing.
         problems: where failures are counted.
 
-    All trackers share one axis, ``global_step``, with ``epoch`` as a scalar beside it. A step below the highest one logged so
-    far in this attempt is raised to it, because trackers drop points that go backwards.
+    All trackers share one axis, ``global_step``, with ``epoch`` as a scalar beside it. A step below the highest one
+    logged so far in this attempt is raised to it, because trackers drop points that go backwards.
     """
 
     def __init__(self, metrics_file: Any = None, *, problems: Problems | None = None) -> None:
@@ -79,7 +79,8 @@ class Trackers:
 
         Args:
             split: the data split the values are about, or None.
-            values: numbers, nested mappings of numbers (joined with a dot), 0-d arrays. What is not a scalar is left out.
+            values: numbers, nested mappings of numbers (joined with a dot), 0-d arrays. What is not a scalar is left
+                out.
             global_step: applied updates so far.
             epoch: complete epochs so far.
             event: log, evaluate or epoch.

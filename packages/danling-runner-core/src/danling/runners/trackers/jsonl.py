@@ -20,8 +20,9 @@ _KEPT_BACK = 10_000
 class MetricsFile:
     """Appends lines to ``metrics.jsonl``.
 
-    Each line is one ``write``. A line that cannot be written (full disk) is counted as a problem, kept, and written before the
-    next one; nothing is ever raised. What a killed process left unfinished at the end of the file is cut off first.
+    Each line is one ``write``. A line that cannot be written (full disk) is counted as a problem, kept, and written
+    before the next one; nothing is ever raised. What a killed process left unfinished at the end of the file is cut off
+    first.
 
     Args:
         file: the path; its directory is created.
@@ -122,9 +123,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         path: ``metrics.jsonl`` or the run directory that holds it.
 
     Returns:
-        One mapping per line, oldest first, NaN and infinities restored. After a line ``{"event": "start"}`` everything before it
-        is void; after ``{"event": "resume", "global_step": k}`` everything before it with a larger step. A torn last line and
-        lines that are no JSON objects are passed over.
+        One mapping per line, oldest first, NaN and infinities restored. After a line ``{"event": "start"}`` everything
+        before it is void; after ``{"event": "resume", "global_step": k}`` everything before it with a larger step. A
+        torn last line and lines that are no JSON objects are passed over.
 
     Raises:
         FileNotFoundError: when there is no such file.

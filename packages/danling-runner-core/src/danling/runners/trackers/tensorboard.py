@@ -14,8 +14,8 @@ class TensorBoard:
     Args:
         directory: where the event files go.
         purge_step: on resume, the restored step: TensorBoard forgets what an earlier attempt wrote beyond it.
-        writer: an object with ``add_scalar(name, value, step)``, ``flush()`` and ``close()`` to be used instead, such as torch's
-            ``SummaryWriter`` for those who want images and histograms too. It has to purge by itself.
+        writer: an object with ``add_scalar(name, value, step)``, ``flush()`` and ``close()`` to be used instead, such
+            as torch's ``SummaryWriter`` for those who want images and histograms too. It has to purge by itself.
 
     Raises:
         ImportError: when tensorboard is not installed.

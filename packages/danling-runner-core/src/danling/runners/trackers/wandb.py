@@ -13,7 +13,8 @@ class Wandb:
         id: of the run to continue; None starts a new one.
         options: arguments of ``wandb.init``: project, entity, group, name, job_type, tags, dir, mode, config.
 
-    Every value is plotted over ``global_step``, whatever W&B's own step counter says, so that evaluations are never dropped.
+    Every value is plotted over ``global_step``, whatever W&B's own step counter says, so that evaluations are never
+    dropped.
 
     Raises:
         ImportError: when wandb is not installed.
