@@ -73,7 +73,7 @@ class Events:
         >>> try:
         ...     events.on("stepp", show)
         ... except ValueError as error:
-        ...     print(str(error)[:48])
+        ...     print(str(error)[:47])
         unknown event 'stepp'; did you mean 'step'? The
     """
 

@@ -75,9 +75,9 @@ class Summary:
             reason: why, in words.
             error: what ended the run.
             exit_code: of the process, as far as it is known.
-            facts: ``counters`` (global_step, micro_step, epoch, samples, skipped), ``targets`` (steps, epochs),
-                ``progress`` (0 to 1), ``latest`` and ``best`` (rows with index and score), ``checkpoint``,
-                ``checkpoint_health``, and whatever else belongs in the file.
+            facts: ``counters`` (updates, micro_steps, epochs, samples, skipped), ``targets`` (steps, epochs),
+                ``latest`` and ``best`` rows, ``checkpoint``, ``checkpoint_health``, and whatever else belongs in the
+                file.
 
         Returns:
             Whether the file was written.

@@ -82,6 +82,15 @@ class RunFiles:
         return "killed" if status == "running" and not is_locked(self.dir) else status
 
     @property
+    def progress(self) -> float | None:
+        """Fraction of the budget that is used, None where that is unknown."""
+        counters, targets = (self.summary.get(key) or {} for key in ("counters", "targets"))
+        for done, target in (("updates", "steps"), ("epochs", "epochs")):
+            if targets.get(target):
+                return min(counters.get(done, 0) / targets[target], 1.0)
+        return None
+
+    @property
     def changed(self) -> float:
         """When a file of the run was last written, in seconds since the epoch."""
         names = (*MARKS, "metrics.jsonl", "latest.json")

@@ -51,7 +51,7 @@ def _facts(files: RunFiles) -> dict[str, Any]:
         "name": files.name,
         "config_id": files.config_id,
         "status": files.status,
-        "progress": files.summary.get("progress"),
+        "progress": files.progress,
         "latest": files.score("latest"),
         "best": files.score("best"),
         "duration": files.summary.get("duration"),

@@ -56,7 +56,7 @@ def _identity(files: RunFiles) -> str:
     counters = summary.get("counters") or {}
     error = summary.get("error")
     git = files.metadata("git.yaml")
-    progress = summary.get("progress")
+    progress = files.progress
     return block(
         f"{files.name}-{files.config_id}" if files.config_id else files.dir.name,
         {
@@ -67,8 +67,8 @@ def _identity(files: RunFiles) -> str:
             "error": f"{error['type']}: {error['message']}" if isinstance(error, Mapping) else None,
             "stack": summary.get("stack"),
             "progress": None if progress is None else f"{100 * progress:.0f}%",
-            "updates": counters.get("global_step"),
-            "epochs": counters.get("epoch"),
+            "updates": counters.get("updates"),
+            "epochs": counters.get("epochs"),
             "duration": format_duration(summary["duration"]) if "duration" in summary else None,
             "git": f"{git['revision']}{' (dirty)' if git.get('dirty') else ''}" if git.get("revision") else None,
         },

@@ -13,7 +13,9 @@ ERRORS_IN_A_ROW = 3
 class Tracker(Protocol):
     """Something that takes scalars on the axis ``global_step``.
 
-    A tracker raises when it fails; `Trackers` counts, and disables it after three failures in a row.
+    A tracker raises when it fails; `Trackers` counts, and disables it after three failures in a row. It may also have
+    ``start(event, global_step)``, told of a start or resume before the first value, and ``state_dict`` and
+    ``load_state_dict`` for what continues the same curve after a resume.
     """
 
     name: str
@@ -65,6 +67,9 @@ class Trackers:
         self._highest_step = global_step
         if self.metrics_file is not None:
             self.metrics_file.append(event, global_step=global_step, epoch=epoch, values=facts)
+        for tracker in tuple(self._others):
+            if hasattr(tracker, "start"):
+                self._guard(tracker, lambda t: t.start(event, global_step))
 
     def log(
         self,
@@ -105,6 +110,12 @@ class Trackers:
     def state_dict(self) -> dict[str, Any]:
         """What trackers need to continue the same curve, such as the id of a W&B run."""
         return {t.name: t.state_dict() for t in self._others if hasattr(t, "state_dict")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave; trackers that are not in ``state`` begin anew."""
+        for tracker in self._others:
+            if tracker.name in state and hasattr(tracker, "load_state_dict"):
+                tracker.load_state_dict(state[tracker.name])
 
     def close(self) -> None:
         """Close every tracker. Idempotent."""
