@@ -1,3 +1,6 @@
 """danling.utils: small helpers that need neither torch nor numpy."""
 
-__all__: list[str] = []
+from .device import to_device
+from .files import load, load_pandas, save
+
+__all__ = ["load", "load_pandas", "save", "to_device"]
