@@ -16,7 +16,7 @@ NONFINITE_VALUES = "nonfinite_values"
 
 
 def fsync_dir(path: str | os.PathLike[str]) -> None:
-    """Make what was created, renamed or removed in a directory durable; does nothing where directories have no fsync."""
+    """Make what was created, renamed or removed in a directory durable, where directories can be synced."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     except PermissionError:  # Windows opens no directories
@@ -93,9 +93,9 @@ def write_json(
 
 def write_yaml(path: str | os.PathLike[str], obj: Any, *, durable: bool = True) -> None:
     """Replace a YAML file atomically; the same content as `write_json`, in the order given."""
-    import yaml
+    from .configfile import dump_yaml
 
-    text = yaml.safe_dump(_strict(obj), sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
+    text = dump_yaml(_strict(obj))
     write_bytes(path, text.encode("utf-8"), durable=durable)
 
 
@@ -122,8 +122,10 @@ def read_yaml(path: str | os.PathLike[str], *, restore: bool = True) -> Any:
     """Read a YAML file written by `write_yaml`; the counterpart of `read_json`."""
     import yaml
 
+    from .configfile import parse_yaml
+
     try:
-        obj = yaml.safe_load(Path(path).read_bytes())
+        obj = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     return restore_nonfinite(obj) if restore else obj

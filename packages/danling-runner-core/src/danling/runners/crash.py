@@ -1,8 +1,8 @@
 """Named points at which a process can be made to die, so that tests can kill a run at every step of a commit.
 
-`DANLING_CRASH_AT=<point>[@rank][:n]` ends the process with `os._exit(137)`, as SIGKILL would, at the n-th passage of that
-point (the first by default), on one rank or on whichever comes there first. A point is the instant *after* the step it
-is named for; `save.begin` is before anything is done.
+`DANLING_CRASH_AT=<point>[@rank][:n]` ends the process with `os._exit(137)`, as SIGKILL would, at the n-th passage of
+that point (the first by default), on one rank or on every rank that comes there. A point is the instant *after* the
+step it is named for; `save.begin` is before anything is done.
 """
 
 from __future__ import annotations
