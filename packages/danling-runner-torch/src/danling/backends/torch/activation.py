@@ -100,5 +100,5 @@ def apply_activation_checkpointing(
     matches = matching_modules(model, module_classes)
     for _, module in matches:
         if not isinstance(module, _Checkpointed):
-            module.__class__ = _checkpointed_class(type(module), impl == "reentrant")
+            module.__class__ = _checkpointed_class(type(module), impl == "reentrant")  # type: ignore[arg-type]
     return [name for name, _ in matches]
