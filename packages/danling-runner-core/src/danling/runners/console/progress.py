@@ -40,6 +40,7 @@ class Progress:
             self._bars = _bars(console)
             self._tasks["train"] = self._bars.add_task(self._label(), total=total, completed=completed, info="")
             self._bars.start()
+            console.show_cursor(True)  # rich hides it; a process that is killed could not bring it back
 
     @property
     def live(self) -> bool:
@@ -98,11 +99,13 @@ class Progress:
     def _draw(self) -> None:
         now = time.monotonic()
         speed = self._rate.update(self._step, now)
-        info = [self._values] if self._values else []
+        info = []
         if speed:
             info.append(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
             if self.total is not None and self._step < self.total:
                 info.append(f"ETA {format_duration((self.total - self._step) / speed)}")
+        if self._values:
+            info.append(self._values)
         if self._bars is not None:
             self._bars.update(
                 self._tasks["train"], description=self._label(), completed=self._step, info="  ".join(info)

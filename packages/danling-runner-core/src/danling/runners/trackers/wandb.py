@@ -17,8 +17,8 @@ class WandbTracker:
     dropped. The run is opened by the first value.
 
     Args:
-        config: of the danling run; ``config.wandb`` has the options. What is not set there follows from the run: project is
-            the lineage, group the experiment.
+        config: of the danling run; ``config.wandb`` has the options. What is not set there follows from the run:
+            project is the lineage, group the experiment.
         name: of the danling run.
         directory: where W&B keeps its files unless ``config.wandb.dir`` says otherwise.
 
