@@ -125,8 +125,8 @@ def _segment_extremum(values: Tensor, offsets: Tensor, largest: bool) -> tuple[T
     if work.is_floating_point():
         worst = -torch.inf if largest else torch.inf
     else:
-        limits = torch.iinfo(work.dtype if values.dtype != torch.bool else torch.bool)
-        worst = limits.min if largest else limits.max
+        limits = (0, 1) if values.dtype == torch.bool else (torch.iinfo(work.dtype).min, torch.iinfo(work.dtype).max)
+        worst = limits[0] if largest else limits[1]
     segment = row_to_segment(offsets, rows)
     spot = segment.view(-1, *[1] * len(static)).expand_as(work)
     best = work.new_full((batch, *static), worst)
@@ -150,14 +150,6 @@ def segment_min(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     return _segment_extremum(values, offsets, largest=False)
 
 
-def _shifted(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values less their element's maximum, that maximum (0 where it is infinite), and the row to element index."""
-    segment = row_to_segment(offsets, values.shape[0])
-    largest = segment_max(values, offsets)[0]
-    largest = largest.masked_fill(largest.isinf(), 0)
-    return values - largest.index_select(0, segment), largest, segment
-
-
 def _floating(values: Tensor, name: str) -> Tensor:
     if not values.is_floating_point():
         raise RuntimeError(f"danling: {name} needs floating values, not {values.dtype}")
@@ -165,7 +157,9 @@ def _floating(values: Tensor, name: str) -> Tensor:
 
 
 def segment_softmax(values: Tensor, offsets: Tensor, log: bool) -> Tensor:
-    shifted, _, segment = _shifted(_floating(values, "segment_softmax"), offsets)
+    work = _floating(values, "segment_softmax")
+    segment = row_to_segment(offsets, values.shape[0])
+    shifted = work - segment_max(work, offsets)[0].index_select(0, segment)
     total = _segment_sum_float(shifted.exp(), offsets)
     if log:
         return (shifted - total.log().index_select(0, segment)).to(values.dtype)
@@ -181,7 +175,10 @@ def segment_softmax_backward(grad: Tensor, output: Tensor, offsets: Tensor, log:
 
 
 def segment_logsumexp(values: Tensor, offsets: Tensor) -> Tensor:
-    shifted, largest, _ = _shifted(_floating(values, "segment_logsumexp"), offsets)
+    work = _floating(values, "segment_logsumexp")
+    largest = segment_max(work, offsets)[0]
+    largest = largest.masked_fill(largest.isinf(), 0)  # inf - inf would be NaN
+    shifted = work - segment_expand(largest, offsets, values.shape[0])
     return (_segment_sum_float(shifted.exp(), offsets).log() + largest).to(values.dtype)
 
 
