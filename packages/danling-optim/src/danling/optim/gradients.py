@@ -17,13 +17,13 @@ from torch import Tensor
 Reduce = Callable[[Tensor], Any]
 
 
-def _dtensor_type() -> type | None:
+def _dtensor_type() -> Any:
     # A DTensor can only exist once its module has been imported, so nothing is imported for its sake.
     module = sys.modules.get("torch.distributed.tensor")
     return None if module is None else module.DTensor
 
 
-def local_parts(grads: Iterable[Tensor]) -> list[Tensor]:
+def local_parts(grads: Iterable[Any]) -> list[Tensor]:
     """Return the dense tensors in which this process stores `grads`; writing to them changes the gradients."""
     distributed = _dtensor_type()
     parts = []
@@ -155,7 +155,7 @@ def _join(left: Tensor, right: Tensor, order: float) -> Tensor:
     return torch.maximum(left, right) if order == inf else left + right
 
 
-def _split(grads: Sequence[Tensor]) -> tuple[list[Tensor], dict[tuple[Any, int], list[Tensor]]]:
+def _split(grads: Sequence[Any]) -> tuple[list[Tensor], dict[tuple[Any, int], list[Tensor]]]:
     """Separate plain gradients from distributed ones, the latter by mesh and by the mesh dimensions that shard them."""
     distributed = _dtensor_type()
     if distributed is None:
@@ -214,7 +214,7 @@ def _all_reduce(tensor: Tensor, mesh: Any, dim: int, kind: str) -> Tensor:
     return result
 
 
-def mesh_of(param: Tensor) -> Any | None:
+def mesh_of(param: Any) -> Any | None:
     """Return the device mesh of a distributed parameter, `None` for any other tensor."""
     distributed = _dtensor_type()
     return param.device_mesh if distributed is not None and isinstance(param, distributed) else None

@@ -89,8 +89,8 @@ def divide(
     matched, chosen = set(), set()
     for name, param in named:
         index = len(parsed)
-        for position, rule in enumerate(parsed):
-            if rule.search(name):
+        for position, candidate in enumerate(parsed):
+            if candidate.search(name):
                 matched.add(position)
                 index = min(index, position)
         chosen.add(index)
@@ -104,12 +104,12 @@ def divide(
         group["params"].append(param)
         if name is not None:
             group["param_names"].append(name)
-    for position, rule in enumerate(parsed):
+    for position, (pattern, *_) in enumerate(parsed):
         if position not in matched:
-            offers = nearest(rule.pattern, [name for name, _ in named if name is not None])[:3]
-            raise ValueError(f"pattern {rule.pattern!r} matches no parameter; names look like {', '.join(offers)}")
+            offers = nearest(pattern, [name for name, _ in named if name is not None])[:3]
+            raise ValueError(f"pattern {pattern!r} matches no parameter; names look like {', '.join(offers)}")
         if position not in chosen:
-            raise ValueError(f"pattern {rule.pattern!r} has no effect: earlier rules take every parameter it matches")
+            raise ValueError(f"pattern {pattern!r} has no effect: earlier rules take every parameter it matches")
     return list(groups.values())
 
 

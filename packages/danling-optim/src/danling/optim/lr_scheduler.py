@@ -131,6 +131,9 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         self._held = False
         self._initial_step()
 
+    base_lrs: list[float]  # type: ignore[assignment]
+    _last_lr: list[float]  # type: ignore[assignment]
+
     # Position
 
     def step(self, epoch: int | None = None) -> None:
@@ -187,7 +190,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
 
     # Rates
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float]:  # type: ignore[override]
         """Return the rates of the current step, one per group."""
         return self._rates(self.last_epoch + 1)
 
@@ -400,9 +403,10 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             names = " + ".join(f"{name}={value}" for name, value in given.items() if value is not None)
             raise ValueError(f"{names} is more than total_steps={total}")
         self.total_steps = total
-        self._given_warmup, self._given_cooldown = given["warmup_steps"], given["cooldown_steps"]
-        self.warmup_steps = min(total // 20, total - used) if warmup is None else given["warmup_steps"]
-        self.cooldown_steps = min(total // 5, total - used) if cooldown is None else given["cooldown_steps"]
+        self._given_warmup, self._given_cooldown = given.values()
+        warmup, cooldown = given.values()
+        self.warmup_steps: int = min(total // 20, total - used) if warmup is None else warmup
+        self.cooldown_steps: int = min(total // 5, total - used) if cooldown is None else cooldown
 
     def _check_percentile(self) -> None:
         if self.interpolation != "percentile" or self.strategy == "inverse_sqrt":

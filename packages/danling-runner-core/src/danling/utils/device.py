@@ -27,7 +27,7 @@ def to_device(data: Any, device: Any, non_blocking: bool = False) -> Any:
     if isinstance(data, (str, bytes, int, float, type(None))):
         return data
     if hasattr(data, "to") and callable(data.to) and not isinstance(data, type):
-        return data.to(device, non_blocking=non_blocking)
+        return data.to(device, non_blocking=True) if non_blocking else data.to(device)
     if isinstance(data, dict):
         return _refilled(data, {key: to_device(value, device, non_blocking) for key, value in data.items()})
     if isinstance(data, (list, tuple)):

@@ -182,7 +182,7 @@ def _replacing(path: str) -> Iterator[Any]:
         return
     folder, name = os.path.split(target)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = os.path.join(folder, f".{name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "x+b") as stream:
             yield stream

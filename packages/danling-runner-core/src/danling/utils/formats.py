@@ -58,7 +58,7 @@ def _write_torch(obj: Any, *args: Any, **kwargs: Any) -> Emit:
 
 def _read_torch(stream: Any, trusted: bool, *args: Any, **kwargs: Any) -> Any:
     torch = require("torch", "a pt or pth file")
-    file = _path_for(stream, kwargs.get("mmap"))
+    file = _path_for(stream, bool(kwargs.get("mmap")))
     if trusted:
         return torch.load(file, *args, **{"weights_only": False, **kwargs})
     try:
