@@ -44,7 +44,7 @@ class Heartbeat:
             raise ValueError(f"heartbeat.interval_seconds must be > 0, got {interval}")
         self.file = Path(directory) / f"rank-{rank:05d}.json"
         self.interval = interval
-        self.problems = problems or Problems()
+        self.problems = Problems() if problems is None else problems
         self._read = read
         self._fixed = {
             "host": socket.gethostname(),

@@ -38,7 +38,7 @@ class Summary:
     ) -> None:
         self.file = Path(file)
         self.about = dict(about or {})
-        self.problems = problems or Problems()
+        self.problems = Problems() if problems is None else problems
         self.status = "running"
         self._start = time.time()
         self._earlier = self._read_attempts()

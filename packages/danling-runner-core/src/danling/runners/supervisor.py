@@ -44,7 +44,7 @@ class Supervisor:
 
     def __init__(self, *, problems: Problems | None = None, logger: logging.Logger | None = None) -> None:
         self.logger = logger or _log
-        self.problems = problems or Problems(self.logger)
+        self.problems = Problems(self.logger) if problems is None else problems
         self.stop = Stop.NONE
         self.stop_reason: str | None = None
         self.save_requested = False

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..atomic import read_json, read_yaml, restore_nonfinite
 from ..configfile import parse_yaml
+from ..lock import is_locked
 from .main import CommandError
 
 MARKS = ("summary.json", "runner.yaml", "results.json")
@@ -119,8 +120,8 @@ def find_run(path: str) -> RunFiles:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether this is the directory of a run."""
-    return any((directory / name).is_file() for name in MARKS)
+    """Whether this is the directory of a run; a checkpoint holds a ``runner.yaml`` too."""
+    return any((directory / name).is_file() for name in MARKS) and not (directory / "manifest.json").exists()
 
 
 def find_runs(root: str) -> Iterator[RunFiles]:
@@ -137,23 +138,6 @@ def find_runs(root: str) -> Iterator[RunFiles]:
             yield RunFiles(directory)
         else:
             inner[:] = sorted(name for name in inner if not name.startswith("."))
-
-
-def is_locked(directory: Path) -> bool:
-    """Whether a live process on this machine holds the run."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks here: believe the summary
-        return True
-    try:
-        with open(directory / ".lock", "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-    except OSError:
-        return False
 
 
 def _read_config(path: Path) -> Any:

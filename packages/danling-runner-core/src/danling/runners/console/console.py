@@ -39,7 +39,7 @@ class Console:
         self.logger.propagate = False
         self.logger.setLevel(logging.INFO)
         self.is_main_process = rank == 0
-        self.problems = problems or Problems(self.logger)
+        self.problems = Problems(self.logger) if problems is None else problems
         self.bar = Progress()
         self._shows_bar = self.is_main_process and (_is_terminal(sys.stdout) if progress is None else progress)
         where = "" if self.is_main_process else f"[rank {rank} on {socket.gethostname()}] "

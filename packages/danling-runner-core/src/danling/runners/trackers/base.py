@@ -43,7 +43,7 @@ class Trackers:
 
     def __init__(self, metrics_file: Any = None, *, problems: Problems | None = None) -> None:
         self.metrics_file = metrics_file
-        self.problems = problems or Problems()
+        self.problems = Problems() if problems is None else problems
         self._others: list[Tracker] = []
         self._failures: dict[str, int] = {}
         self._highest_step = 0

@@ -33,7 +33,7 @@ class MetricsFile:
     def __init__(self, file: str | os.PathLike[str], *, attempt: int = 1, problems: Problems | None = None) -> None:
         self.file = Path(file)
         self.attempt = attempt
-        self.problems = problems or Problems()
+        self.problems = Problems() if problems is None else problems
         self._kept: list[bytes] = []
         self._fd: int | None = None
         self._end = 0
