@@ -166,7 +166,7 @@ def write_metadata(
 
 
 def _git_facts(git: GitState) -> dict[str, Any]:
-    facts = {"revision": git.revision, "branch": git.branch, "dirty": git.dirty, "code_id": git.code_id}
+    facts: dict[str, Any] = {"revision": git.revision, "branch": git.branch, "dirty": git.dirty, "code_id": git.code_id}
     if git.dirty:
         facts["diff_sha256"] = git.diff_hash
         facts["diff_bytes"] = len(git.diff)
