@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from danling.runners.errors import ResumeError
 from danling.runners.events import EVENTS, Event, Events
 

@@ -12,11 +12,12 @@ import sys
 import textwrap
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from danling.runners.problems import Problems
 from danling.runners.trackers import MetricsFile, Trackers, read_metrics
 from danling.runners.trackers.tensorboard import TensorBoardTracker
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 class Memory:
@@ -185,6 +186,28 @@ def test_a_full_disk_is_a_problem_and_no_error(tmp_path, problems):
     file.append("log", global_step=1, epoch=0)
     file.close()
     assert "No space left" in problems.as_list()[0]["first"]
+
+
+def test_a_line_that_was_written_in_part_is_written_again_whole(tmp_path):
+    code = textwrap.dedent(
+        """
+        import resource, signal, sys
+        from danling.runners.trackers import MetricsFile
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        file = MetricsFile(sys.argv[1])
+        for step in range(20):
+            file.append("log", global_step=step, epoch=0)
+        assert len(file.problems) == 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        file.append("log", global_step=20, epoch=0)
+        file.close()
+        """
+    )
+    path = tmp_path / "metrics.jsonl"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    assert [json.loads(line)["global_step"] for line in path.read_text().splitlines()] == list(range(21))
 
 
 def test_trackers_share_names_and_axis(tmp_path):

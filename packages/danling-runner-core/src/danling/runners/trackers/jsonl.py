@@ -36,7 +36,6 @@ class MetricsFile:
         self.problems = Problems() if problems is None else problems
         self._kept: list[bytes] = []
         self._fd: int | None = None
-        self._end = 0
 
     def append(
         self,
@@ -86,34 +85,31 @@ class MetricsFile:
             return
         try:
             if self._fd is None:
-                self._open()
-            assert self._fd is not None
+                self._fd = self._open()
             while self._kept:
-                written = 0
-                try:
-                    while written < len(self._kept[0]):
-                        written += os.write(self._fd, self._kept[0][written:])
-                except OSError:
-                    os.ftruncate(self._fd, self._end)
-                    raise
-                self._end += written
+                line = self._kept[0]
+                while line:
+                    line = line[os.write(self._fd, line) :]
                 self._kept.pop(0)
                 crash_point("metrics.append")
         except OSError as error:
             self.problems.add(FILE_NAME, error)
+            if self._fd is not None:  # what was written of this line is cut off when the file is opened again
+                os.close(self._fd)
+                self._fd = None
             del self._kept[:-_KEPT_BACK]
 
-    def _open(self) -> None:
+    def _open(self) -> int:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            self._end = _end_of_last_line(fd)
-            if self._end < os.fstat(fd).st_size:
-                os.ftruncate(fd, self._end)
+            end = _end_of_last_line(fd)
+            if end < os.fstat(fd).st_size:
+                os.ftruncate(fd, end)
         except BaseException:
             os.close(fd)
             raise
-        self._fd = fd
+        return fd
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
