@@ -1,0 +1,468 @@
+"""Ways into and out of a NestedTensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danling.tensors.layout import Layout, Segments, int64_tensor
+from danling.tensors.nested_tensor import (
+    NestedTensor,
+    check_bool,
+    check_number,
+    pack_elements,
+    structure_of,
+    to_packed,
+    values_of,
+    wrap,
+)
+
+
+class Shapes(tuple):
+    """Shapes of all elements, with the ragged dims they had."""
+
+    ragged_dims: tuple[int, ...]
+
+    def __new__(cls, shapes: Iterable[torch.Size], ragged_dims: tuple[int, ...]) -> Shapes:
+        out = super().__new__(cls, shapes)
+        out.ragged_dims = ragged_dims
+        return out
+
+    def __reduce__(self) -> Any:
+        return Shapes, (list(self), self.ragged_dims)
+
+
+def check_settings(batch_first: Any, padding_value: Any, mask_value: Any) -> tuple[bool, tuple[Any, bool]]:
+    """Checked `(batch_first, flags)`."""
+    check_bool("batch_first", batch_first)
+    return batch_first, (check_number("padding_value", padding_value), check_bool("mask_value", mask_value))
+
+
+def check_ragged(ragged_dims: Any, rank: int) -> tuple[int, ...] | None:
+    """Ragged dims as ascending non-negative ints.
+
+    Raises:
+        TypeError: Not ints. ValueError: Out of range or repeated.
+    """
+    if ragged_dims is None:
+        return None
+    dims = (ragged_dims,) if isinstance(ragged_dims, int) else ragged_dims
+    if isinstance(dims, (str, bytes)) or not isinstance(dims, Iterable):
+        raise TypeError(f"ragged_dims must be an int or ints, got {type(ragged_dims).__name__}")
+    out = []
+    for d in dims:
+        if isinstance(d, bool) or not isinstance(d, int):
+            raise TypeError(f"ragged_dims must be ints, got {type(d).__name__}")
+        if not -rank <= d < rank:
+            raise ValueError(f"ragged dim {d} is out of range for elements of rank {rank}")
+        out.append(d % rank)
+    if len(set(out)) != len(out):
+        raise ValueError(f"ragged_dims repeats a dim: {tuple(dims)}")
+    return tuple(sorted(out))
+
+
+def _items(tensors: tuple[Any, ...]) -> Sequence[Any]:
+    if len(tensors) != 1:
+        return tensors
+    only = tensors[0]
+    if isinstance(only, (str, bytes, Mapping)):
+        raise TypeError(f"cannot build a NestedTensor from {type(only).__name__}")
+    if isinstance(only, NestedTensor):
+        return only.unbind()
+    if isinstance(only, Tensor) or hasattr(only, "__array_interface__"):
+        return tensors
+    if isinstance(only, (list, tuple)):
+        return only
+    if not isinstance(only, Iterable):
+        raise ValueError(
+            f"one argument must be an iterable of elements, got {type(only).__name__}; "
+            "give several elements, or a list of them"
+        )
+    return list(only)
+
+
+def _element(item: Any) -> Tensor:
+    if type(item) is Tensor:
+        return item
+    if isinstance(item, (str, bytes, Mapping)) or item is None:
+        raise TypeError(f"an element must be a tensor, an array, a number or a nested list, got {type(item).__name__}")
+    if isinstance(item, NestedTensor):
+        raise TypeError("a NestedTensor cannot be an element of another one; use torch.cat to join batches")
+    if isinstance(item, Tensor):
+        kind = type(item)
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # e.g. FakeTensor: plain as far as torch goes
+            return item
+        return item.as_subclass(Tensor)
+    return torch.as_tensor(item)
+
+
+def build(
+    tensors: tuple[Any, ...],
+    dtype: torch.dtype | None,
+    device: Any,
+    requires_grad: bool | None,
+    pin_memory: bool,
+    batch_first: bool,
+    padding_value: Any,
+    mask_value: bool,
+    ragged_dims: Any,
+) -> NestedTensor:
+    """What `NestedTensor(...)` does; arguments and errors are documented there."""
+    batch_first, flags = check_settings(batch_first, padding_value, mask_value)
+    if len(tensors) == 1 and ragged_dims is None and isinstance(tensors[0], NestedTensor):
+        source = tensors[0]
+        values = values_of(source).clone()
+        layout = source._layout.replace(batch_first=batch_first)
+        return _finish(values, layout, flags, dtype, device, requires_grad, pin_memory)
+    elements: Sequence[Tensor] = _items(tensors)
+    plain = True
+    for item in elements:
+        if type(item) is not Tensor:
+            plain = False
+            break
+    if not plain:
+        elements = [_element(item) for item in elements]
+    if not elements:
+        ragged = check_ragged(ragged_dims, 1 if ragged_dims not in (None, ()) else 0) or ()
+        layout = Layout(Segments(torch.empty(0, len(ragged), dtype=torch.int64)), ragged, (), batch_first)
+        values = torch.empty(0, dtype=dtype, device=device)
+        return _finish(values, layout, flags, None, None, requires_grad, pin_memory)
+    shapes = [t.shape for t in elements]
+    rank = len(shapes[0])
+    for i, shape in enumerate(shapes):
+        if len(shape) != rank:
+            raise ValueError(f"elements have different ranks: element 0 has {rank} dims, element {i} has {len(shape)}")
+    ragged, static = structure_of(shapes, rank, check_ragged(ragged_dims, rank))
+    first_device = elements[0].device
+    if device is None:
+        for i, t in enumerate(elements):
+            if t.device != first_device:
+                raise ValueError(
+                    f"elements are on different devices: element 0 on {first_device}, element {i} on {t.device}; "
+                    "give device="
+                )
+    kind = elements[0].dtype
+    kinds = {t.dtype for t in elements}
+    if len(kinds) > 1 or dtype is not None:
+        for other in kinds:
+            kind = torch.promote_types(kind, other)
+        kind = dtype or kind
+        if kinds != {kind}:
+            elements = [t.to(kind) for t in elements]
+    if device is not None:
+        elements = [t.to(device) for t in elements]
+    layout = Layout.from_shapes(shapes, ragged, rank, static, batch_first)
+    if requires_grad is False:
+        with torch.no_grad():
+            values = pack_elements(elements, layout)
+    else:
+        values = pack_elements(elements, layout)
+    return _finish(values, layout, flags, None, None, requires_grad, pin_memory)
+
+
+def _finish(
+    values: Tensor,
+    layout: Layout,
+    flags: Any,
+    dtype: torch.dtype | None,
+    device: Any,
+    requires_grad: bool | None,
+    pin_memory: bool,
+) -> NestedTensor:
+    if dtype is not None or device is not None:
+        values = values.to(device=device, dtype=dtype)
+    if requires_grad is False:
+        values = values.detach()
+    if pin_memory:
+        values = values.pin_memory()
+    if requires_grad and not values.requires_grad:
+        values = values.detach().requires_grad_()
+    return wrap(values, layout, flags)
+
+
+def _settings(ctor: dict[str, Any]) -> dict[str, Any]:
+    known = ("dtype", "device", "requires_grad", "pin_memory", "batch_first", "padding_value", "mask_value", "ragged_dims")
+    for name in ctor:
+        if name not in known:
+            raise TypeError(f"unknown keyword {name!r}; the constructor knows {', '.join(known)}")
+    batch_first, flags = check_settings(
+        ctor.get("batch_first", True), ctor.get("padding_value", 0.0), ctor.get("mask_value", False)
+    )
+    return {
+        "batch_first": batch_first,
+        "flags": flags,
+        "finish": {
+            "dtype": ctor.get("dtype"),
+            "device": ctor.get("device"),
+            "requires_grad": ctor.get("requires_grad"),
+            "pin_memory": ctor.get("pin_memory", False),
+        },
+        "ragged_dims": ctor.get("ragged_dims"),
+    }
+
+
+def _sizes(lengths: Any) -> Tensor:
+    if isinstance(lengths, NestedTensor):
+        raise TypeError("lengths must be a list or an int tensor, got a NestedTensor")
+    if isinstance(lengths, Tensor):
+        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        sizes = lengths.detach().to("cpu", torch.int64)
+    else:
+        sizes = torch.as_tensor(lengths)
+        if sizes.numel() == 0:
+            sizes = sizes.to(torch.int64)
+        if sizes.dtype != torch.int64:
+            raise TypeError(f"lengths must be integers, got {sizes.dtype}")
+    if sizes.dim() == 1:
+        sizes = sizes[:, None]
+    if sizes.dim() != 2:
+        raise ValueError(f"lengths must be (B,) or (B, k), got shape {tuple(sizes.shape)}")
+    if sizes.numel() and int(sizes.min()) < 0:
+        i = int((sizes < 0).any(1).nonzero()[0])
+        raise ValueError(f"element {i} has a negative length {sizes[i].tolist()}")
+    return sizes.clone()
+
+
+def from_lengths(values: Tensor, lengths: Any, **ctor: Any) -> NestedTensor:
+    """Wrap packed values `(sum(lengths), *static)`; see `NestedTensor.from_lengths`."""
+    settings = _settings(ctor)
+    sizes = _sizes(lengths)
+    k = sizes.shape[1]
+    if not isinstance(values, Tensor) or isinstance(values, NestedTensor):
+        raise TypeError(f"values must be a dense tensor, got {type(values).__name__}")
+    if values.dim() < 1:
+        raise ValueError("values must have at least one dim, the rows")
+    segments = Segments(sizes)
+    rank = k + values.dim() - 1
+    ragged = check_ragged(settings["ragged_dims"], rank)
+    if ragged is None:
+        ragged = tuple(range(k))
+    if len(ragged) != k:
+        raise ValueError(f"lengths have {k} sizes per element but ragged_dims={ragged}")
+    if segments.rows != values.shape[0]:
+        raise ValueError(f"lengths add up to {segments.rows} rows but values have {values.shape[0]}")
+    layout = Layout(segments, ragged, tuple(values.shape[1:]), settings["batch_first"])
+    return _finish(values, layout, settings["flags"], **settings["finish"])
+
+
+def from_offsets(values: Tensor, offsets: Any, **ctor: Any) -> NestedTensor:
+    """Wrap packed values with `(B+1,)` offsets; see `NestedTensor.from_offsets`."""
+    bounds = _sizes(offsets)[:, 0]
+    if bounds.numel() == 0 or int(bounds[0]) != 0:
+        raise ValueError("offsets must start with 0")
+    lengths = bounds[1:] - bounds[:-1]
+    if lengths.numel() and int(lengths.min()) < 0:
+        raise ValueError(f"offsets decrease at element {int((lengths < 0).nonzero()[0])}")
+    if int(bounds[-1]) != values.shape[0]:
+        raise ValueError(f"the last offset is {int(bounds[-1])} but values have {values.shape[0]} rows")
+    return from_lengths(values, lengths, **ctor)
+
+
+def from_padded(padded: Tensor, lengths: Any, **ctor: Any) -> NestedTensor:
+    """Real values of a padded tensor; see `NestedTensor.from_padded`."""
+    settings = _settings(ctor)
+    sizes = _sizes(lengths)
+    batch, k = sizes.shape
+    rank = padded.dim() - 1
+    ragged = check_ragged(settings["ragged_dims"], rank)
+    if ragged is None:
+        ragged = tuple(range(k))
+    if len(ragged) != k:
+        raise ValueError(f"lengths have {k} sizes per element but ragged_dims={ragged}")
+    batch_first = settings["batch_first"]
+    batch_dim = 0 if batch_first else 1
+    if padded.shape[batch_dim] != batch:
+        raise ValueError(f"padded has batch size {padded.shape[batch_dim]} but there are {batch} lengths")
+    element = list(padded.shape)
+    del element[batch_dim]
+    for j, d in enumerate(ragged):
+        longest = int(sizes[:, j].max()) if batch else 0
+        if longest > element[d]:
+            i = int(sizes[:, j].argmax())
+            raise ValueError(f"element {i} has length {longest} along dim {d}, above the padded extent {element[d]}")
+    static = tuple(size for d, size in enumerate(element) if d not in ragged)
+    layout = Layout(Segments(sizes), ragged, static, batch_first)
+    values = to_packed(padded, layout)
+    return _finish(values, layout, settings["flags"], **settings["finish"])
+
+
+def from_tensor_mask(tensor: Tensor, mask: Tensor, *, batched: bool = False, **ctor: Any) -> NestedTensor:
+    """Real values of a padded tensor as a mask marks them; see `NestedTensor.from_tensor_mask`."""
+    settings = _settings(ctor)
+    flags, batch_first = settings["flags"], settings["batch_first"]
+    mask = torch.as_tensor(mask)
+    if mask.dtype != torch.bool:
+        if mask.dtype.is_floating_point or mask.dtype.is_complex:
+            raise TypeError(f"mask must be bool or 0/1 integers, got {mask.dtype}")
+        if mask.numel() and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("an integer mask must hold 0 and 1 only")
+        mask = mask.bool()
+    valid = ~mask if flags[1] else mask
+    if valid.dim() == 0 or valid.dim() > tensor.dim():
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit tensor {tuple(tensor.shape)}")
+    if valid.dim() == 1:
+        if valid.shape[0] != tensor.shape[0]:
+            raise ValueError(f"mask has {valid.shape[0]} entries but the tensor has {tensor.shape[0]} rows")
+        chosen = tensor[valid]
+        names = {"batch_first", "padding_value", "mask_value", "ragged_dims", *settings["finish"]}
+        kept = {name: value for name, value in ctor.items() if name in names}
+        return NestedTensor(chosen.unbind(0) if batched else [chosen], **kept)
+    if not batch_first:
+        tensor, valid = tensor.transpose(0, 1), valid.transpose(0, 1)
+    if valid.shape != tensor.shape[: valid.dim()]:
+        raise ValueError(f"mask {tuple(valid.shape)} does not fit tensor {tuple(tensor.shape)} (batch first)")
+    batch, extents = valid.shape[0], valid.shape[1:]
+    if len(extents) == 1:
+        counts = valid.sum(1)
+        # A prefix has its last valid position at its count.
+        box = torch.arange(extents[0], device=valid.device) < counts[:, None]
+        sizes = counts[:, None]
+    else:
+        columns = []
+        for d in range(len(extents)):
+            other = tuple(e + 1 for e in range(len(extents)) if e != d)
+            columns.append(valid.any(other).sum(1) if other else valid.sum(1))
+        sizes = torch.stack(columns, 1)
+        sizes = sizes * (sizes > 0).all(1, keepdim=True)
+        box = torch.ones_like(valid)
+        for d, extent in enumerate(extents):
+            shape = [1] * valid.dim()
+            shape[d + 1] = extent
+            inside = torch.arange(extent, device=valid.device).view(shape)
+            box &= inside < sizes[:, d].view(-1, *[1] * len(extents))
+    wrong = (box != valid).flatten(1).any(1)
+    host = torch.cat([sizes, wrong[:, None].to(sizes.dtype)], 1).cpu()  # one synchronisation
+    if batch and bool(host[:, -1].any()):
+        i = int(host[:, -1].nonzero()[0])
+        raise ValueError(f"the valid region of element {i} has a gap or does not start at index 0")
+    host = host[:, :-1].contiguous()
+    rest = tuple(tensor.shape[valid.dim() :])
+    shapes = [torch.Size((*row, *rest)) for row in host.tolist()]
+    rank = tensor.dim() - 1
+    given = check_ragged(settings["ragged_dims"], rank)
+    if not shapes:
+        ragged = (0,) if given is None else given
+        element_static = tuple(size for d, size in enumerate(tensor.shape[1:]) if d not in ragged)
+        layout = Layout(Segments(torch.empty(0, len(ragged), dtype=torch.int64)), ragged, element_static, True)
+        rows = tensor.new_empty((0, *element_static))
+    else:
+        ragged, element_static = structure_of(shapes, rank, given)
+        layout = Layout.from_shapes(shapes, ragged, rank, element_static, True)
+        # Static dims that the mask shortens everywhere are cut first.
+        cut = tensor
+        for d, size in zip(layout.static_dims, layout.static_sizes):
+            if size != cut.shape[d + 1]:
+                cut = cut.narrow(d + 1, 0, size)
+        rows = to_packed(cut, layout)
+    if not batch_first:
+        layout = layout.replace(batch_first=False)
+    return _finish(rows, layout, flags, **settings["finish"])
+
+
+def from_concatenated(concat: Tensor, shapes: Sequence[Sequence[int]], **ctor: Any) -> NestedTensor:
+    """Inverse of `concatenate()`; see `NestedTensor.from_concatenated`."""
+    settings = _settings(ctor)
+    sizes = [torch.Size(shape) for shape in shapes]
+    given = settings["ragged_dims"]
+    if given is None:
+        given = getattr(shapes, "ragged_dims", None)
+    if not sizes:
+        if concat.numel():
+            raise ValueError(f"there are no shapes but {concat.numel()} values")
+        ragged = tuple(given or ())
+        static = tuple(concat.shape[1:])
+        layout = Layout(Segments(torch.empty(0, len(ragged), dtype=torch.int64)), ragged, static, settings["batch_first"])
+        return _finish(concat, layout, settings["flags"], **settings["finish"])
+    rank = len(sizes[0])
+    for i, shape in enumerate(sizes):
+        if len(shape) != rank:
+            raise ValueError(f"shapes have different ranks: element 0 has {rank} dims, element {i} has {len(shape)}")
+    ragged, static = structure_of(sizes, rank, check_ragged(given, rank))
+    layout = Layout.from_shapes(sizes, ragged, rank, static, settings["batch_first"])
+    if layout.numel != concat.numel():
+        raise ValueError(f"the shapes hold {layout.numel} values but concat has {concat.numel()}")
+    values = concat.reshape(layout.rows, *static)
+    return _finish(values, layout, settings["flags"], **settings["finish"])
+
+
+def from_torch_nested(t: Tensor, **ctor: Any) -> NestedTensor:
+    """A NestedTensor from PyTorch's own; see `NestedTensor.from_torch_nested`."""
+    if isinstance(t, NestedTensor) or not getattr(t, "is_nested", False):
+        raise TypeError(f"from_torch_nested needs a torch.nested tensor, got {type(t).__name__}")
+    if t.layout != torch.jagged:
+        parts = t.unbind()
+        if "ragged_dims" not in ctor and not parts:
+            return NestedTensor([], **ctor)
+        return NestedTensor(list(parts), **ctor)
+    settings = _settings(ctor)
+    values, offsets = t.values(), t.offsets()
+    ragged = t._ragged_idx - 1  # type: ignore[attr-defined]
+    lengths = t.lengths()
+    if lengths is not None:
+        # Rows between the elements belong to nobody: leave them out.
+        moved = values.movedim(ragged, 0)
+        count, start = lengths.cpu(), offsets.cpu()
+        keep = [moved[s : s + n] for s, n in zip(start.tolist(), count.tolist())]
+        rows = torch.cat(keep) if keep else moved[:0]
+        sizes = count
+    else:
+        rows = values.movedim(ragged, 0)
+        host = offsets.cpu()
+        sizes = host[1:] - host[:-1]
+    layout = Layout(Segments(_sizes(sizes)), (ragged,), tuple(rows.shape[1:]), settings["batch_first"])
+    return _finish(rows, layout, settings["flags"], **settings["finish"])
+
+
+def to_torch_nested(x: NestedTensor) -> Tensor:
+    """PyTorch's own nested tensor of the same values."""
+    layout = x._layout
+    if len(layout.ragged_dims) > 1:
+        raise ValueError(f"torch.nested knows one ragged dim, got ragged_dims={layout.ragged_dims}")
+    values = values_of(x)
+    if layout.dense:
+        return torch.nested.as_nested_tensor(list(values.unbind(0)), layout=torch.strided)
+    d = layout.ragged_dims[0]
+    offsets = layout.segments.on("offsets", values.device).clone()
+    return torch.nested.nested_tensor_from_jagged(values.movedim(0, d), offsets, jagged_dim=d + 1)
+
+
+def nested_like(x: NestedTensor, tensor: Tensor, strict: bool = True) -> NestedTensor:
+    """A dense tensor in the structure of `x`.
+
+    Args:
+        x: Whose layout is used.
+        tensor: Dense, of `x.shape`; or a NestedTensor of equal layout, which is cloned.
+        strict: With `False` each element keeps the overlap of its own extent and the dense one; the batch must agree.
+
+    Raises:
+        ValueError: The shape or the layout differs.
+    """
+    layout = x._layout
+    if isinstance(tensor, NestedTensor):
+        if tensor._layout != layout:
+            raise ValueError(f"nested_like needs an equal structure: {tensor._layout} is not {layout}")
+        return wrap(values_of(tensor).clone(), layout, x._flags)
+    if tensor.shape == layout.shape:
+        return wrap(to_packed(tensor, layout), layout, x._flags)
+    if strict:
+        raise ValueError(f"tensor has shape {tuple(tensor.shape)}, the NestedTensor {tuple(layout.shape)}")
+    batch_dim = layout.batch_dim
+    if tensor.dim() != layout.rank + 1 or tensor.shape[batch_dim] != layout.batch_size:
+        raise ValueError(
+            f"tensor of shape {tuple(tensor.shape)} has not the batch and rank of {tuple(layout.shape)}, "
+            "which strict=False needs too"
+        )
+    extents = int64_tensor([size for d, size in enumerate(tensor.shape) if d != batch_dim])
+    sizes = torch.minimum(layout.sizes, extents)
+    ragged = layout.ragged_dims
+    static = tuple(int(min(size, extents[d])) for d, size in zip(layout.static_dims, layout.static_sizes))
+    kept = Layout(Segments(sizes[:, list(ragged)].contiguous()), ragged, static, layout.batch_first)
+    for d, size in zip(kept.static_dims, static):
+        tensor = tensor.narrow(kept.shape_dim(d), 0, size)
+    return wrap(to_packed(tensor, kept), kept, x._flags)
+
+

@@ -1,0 +1,681 @@
+"""NestedTensor: a batch of tensors of different sizes, kept packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass as _PlainTensors
+
+from danling.tensors import kernels
+from danling.tensors.autograd import Autograd
+from danling.tensors.layout import Layout
+from danling.tensors.ops.table import TABLE, call_with_out, resolve
+
+_Base = torch._C.TensorBase
+_as_subclass = _Base.as_subclass
+_base_requires_grad = _Base.requires_grad.__get__
+_grad_enabled = torch.is_grad_enabled
+
+Flags = tuple[Any, bool]  # padding_value, mask_value
+
+
+def wrap(values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:
+    """A NestedTensor over packed `values`, connected to them in the autograd graph.
+
+    The result is a view of `values` as far as autograd is concerned, so code outside the op layer (a custom
+    `autograd.Function`, hooks, DDP) sees the same graph at no extra cost.
+    """
+    out = _as_subclass(values, NestedTensor)
+    out._values = values
+    out._layout = layout
+    out._flags = flags
+    return out
+
+
+class _Read(torch.autograd.Function):
+    """The values of a NestedTensor whose history was made outside the op layer; its gradient is a NestedTensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: NestedTensor) -> Tensor:  # type: ignore[override]
+        ctx.structure = x._layout, x._flags
+        ctx.set_materialize_grads(False)
+        return x._values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> NestedTensor | None:  # type: ignore[override]
+        return None if grad is None else wrap(plain(grad), *ctx.structure)
+
+
+def values_of(x: NestedTensor) -> Tensor:
+    """Packed values of `x`, in the autograd graph.
+
+    Reads a history made outside the op layer (by a custom `autograd.Function`, say) through `_Read`.
+    """
+    values = x._values
+    if not values.requires_grad and _grad_enabled():
+        with _PlainTensors():
+            outside = _base_requires_grad(x)
+        if outside:
+            values = x._values = _Read.apply(x)
+    return values
+
+
+def plain(x: Tensor) -> Tensor:
+    """`x` itself, or its values when it is a NestedTensor."""
+    return values_of(x) if isinstance(x, NestedTensor) else x
+
+
+def rebind(x: NestedTensor, values: Tensor, layout: Layout | None = None) -> NestedTensor:
+    """Put other values (and another layout) under an existing NestedTensor, for everyone who holds it."""
+    fresh = wrap(values, x._layout if layout is None else layout, x._flags)
+    torch._C._swap_tensor_impl(x, fresh)
+    x._values, x._layout = fresh._values, fresh._layout
+    return x
+
+
+def from_elements(
+    elements: Sequence[Tensor],
+    *,
+    ragged_dims: tuple[int, ...] | None,
+    batch_first: bool,
+    flags: Flags,
+    rank: int,
+) -> NestedTensor:
+    """Pack elements of one rank, dtype and device; `ragged_dims=None` infers them."""
+    shapes = [t.shape for t in elements]
+    ragged, static = structure_of(shapes, rank, ragged_dims)
+    layout = Layout.from_shapes(shapes, ragged, rank, static, batch_first)
+    return wrap(pack_elements(elements, layout), layout, flags)
+
+
+def structure_of(
+    shapes: Sequence[torch.Size], rank: int, ragged_dims: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ragged dims and static sizes of elements, inferred (`None`) or checked.
+
+    Raises:
+        ValueError: A static dim differs, or there is no element to tell the static sizes.
+    """
+    if not shapes:
+        if ragged_dims is not None and len(ragged_dims) < rank:
+            raise ValueError("an empty batch has no elements to take static sizes from")
+        return ragged_dims or (), ()
+    first = shapes[0]
+    if rank == 0:
+        return (), ()
+    head_only = ragged_dims is None or ragged_dims == (0,)
+    if head_only:
+        tail = first[1:]
+        for shape in shapes:
+            if shape[1:] != tail:
+                break
+        else:
+            return (0,), tuple(tail)
+    varying = tuple(d for d in range(rank) if len({shape[d] for shape in shapes}) > 1)
+    if ragged_dims is None:
+        ragged_dims = varying
+    for d in varying:
+        if d not in ragged_dims:
+            i = next(i for i, shape in enumerate(shapes) if shape[d] != first[d])
+            raise ValueError(
+                f"element dim {d} is static (ragged_dims={ragged_dims}) but has size {first[d]} in element 0 "
+                f"and {shapes[i][d]} in element {i}"
+            )
+    return ragged_dims, tuple(first[d] for d in range(rank) if d not in ragged_dims)
+
+
+def pack_elements(elements: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Rows of all elements, one after another, `(R, *static)`."""
+    if layout.dense:
+        return torch.stack(list(elements))
+    if layout.ragged_dims == (0,):
+        return kernels.pack(elements)
+    static = layout.static_sizes
+    order = layout.permutation
+    rows = layout.segments.lengths
+    moved = [t.permute(order).reshape(n, *static) for t, n in zip(elements, rows)]
+    return kernels.pack(moved)
+
+
+def fill_tensor(value: Any, dtype: torch.dtype) -> Tensor:
+    """`value` as a one-element CPU tensor of `dtype`.
+
+    Raises:
+        ValueError: The dtype cannot hold the value.
+    """
+    key = (value, type(value), dtype)
+    found = _fills.get(key)
+    if found is None:
+        try:
+            found = torch.tensor(value, dtype=dtype)
+            exact = found.dtype.is_complex or dtype.is_floating_point or found.item() == value
+            if dtype.is_floating_point and dtype.itemsize > 1:
+                exact = bool(found.isfinite()) or value in (float("inf"), float("-inf")) or value != value
+        except (RuntimeError, OverflowError, ValueError, TypeError):
+            exact = False
+        if not exact:
+            raise ValueError(f"padding_value {value!r} cannot be held by {dtype}; set nt.padding_value to one that can")
+        if len(_fills) < 1024:
+            _fills[key] = found
+    return found
+
+
+_fills: dict[Any, Tensor] = {}
+
+
+def to_padded(values: Tensor, layout: Layout, fill: Any) -> Tensor:
+    """Padded `(B, ...)` or `(e0, B, ...)` tensor of `layout.shape`, contiguous and freshly made."""
+    if layout.dense:
+        out = values
+    else:
+        segments = layout.segments
+        sizes = segments.on("sizes", values.device) if segments.k > 1 else None
+        offsets = segments.on("offsets", values.device)
+        out = kernels.pad(values, offsets, sizes, list(segments.max_sizes), fill_tensor(fill, values.dtype))
+    order = shape_order(layout)
+    if order is None:
+        return out.clone(memory_format=torch.contiguous_format) if out is values else out
+    return out.permute(order).clone(memory_format=torch.contiguous_format)
+
+
+def shape_order(layout: Layout) -> tuple[int, ...] | None:
+    """Permutation from `(B, *packed element order)` to `.shape`, `None` for the identity."""
+
+    def build() -> tuple[int, ...] | None:
+        inverse = [0] * layout.rank
+        for position, d in enumerate(layout.permutation):
+            inverse[d] = position + 1
+        order = (0, *inverse)
+        if not layout.batch_first and layout.rank:
+            order = (inverse[0], 0, *inverse[1:])
+        return None if order == tuple(range(layout.rank + 1)) else order
+
+    return layout.derive("order", build)
+
+
+def to_packed(padded: Tensor, layout: Layout) -> Tensor:
+    """Real values of a dense tensor of `layout.shape` (or with larger ragged extents)."""
+    order = shape_order(layout)
+    if order is not None:
+        inverse = [0] * len(order)
+        for position, source in enumerate(order):
+            inverse[source] = position
+        padded = padded.permute(inverse)
+    if layout.dense:
+        return padded.clone() if order is None else padded.contiguous()
+    segments = layout.segments
+    sizes = segments.on("sizes", padded.device) if segments.k > 1 else None
+    return kernels.unpad(padded, segments.on("offsets", padded.device), sizes, segments.rows)
+
+
+def slice_element(values: Tensor, layout: Layout, i: int) -> Tensor:
+    """Element `i` as a view of `values`."""
+    segments = layout.segments
+    if layout.dense:
+        return values[i]
+    bounds = segments.bounds
+    return shape_element(values.narrow(0, bounds[i], bounds[i + 1] - bounds[i]), layout, i)
+
+
+def shape_element(rows: Tensor, layout: Layout, i: int) -> Tensor:
+    """Rows of element `i` in its own shape and dim order."""
+    if layout.ragged_dims == (0,):
+        return rows
+    k = layout.segments.k
+    sizes = layout.segments.table[i * k : (i + 1) * k]
+    out = rows.unflatten(0, sizes) if k > 1 else rows
+    inverse = [0] * layout.rank
+    for position, d in enumerate(layout.permutation):
+        inverse[d] = position
+    return out.permute(inverse) if inverse != list(range(layout.rank)) else out
+
+
+class NestedTensor(Autograd, torch.Tensor):
+    """A batch of tensors of one rank and different sizes, stored packed: no padding, exact gradients.
+
+    `.shape` is the padded shape `(B, *element)`; dims given to torch functions mean what they mean on that shape, and
+    no result ever depends on padding. Functions of torch, tensor methods, operators and modules work on it.
+
+    Args:
+        *tensors: The elements, or one iterable of them. An item is a tensor, an ndarray, a number or a nested list. One
+            lone tensor or ndarray is one element.
+        dtype: Default: the promoted dtype of the elements.
+        device: Default: the device of the elements.
+        requires_grad: `None` follows the elements, `True` makes a leaf when no element requires grad, `False` detaches.
+        pin_memory: Keep values in pinned memory.
+        batch_first: `.shape` is `(B, *element)`; with `False` `(element[0], B, *element[1:])`.
+        padding_value: Fill of `.tensor` outside the elements.
+        mask_value: The boolean that marks padding in `.mask`.
+        ragged_dims: Element dims that may differ between elements. `None` infers the dims that do differ (element dim 0
+            if none does). Declare them when the varying dim is not the first one, so that a batch of one, or of equal
+            sizes, has the same structure as any other.
+
+    Raises:
+        ValueError: Elements of different rank or device, a static dim that differs, `ragged_dims` out of range.
+        TypeError: Data or settings of the wrong kind.
+
+    Example:
+        >>> import torch
+        >>> from danling.tensors import NestedTensor
+        >>> x = NestedTensor([1.0, 2.0, 3.0], [4.0])
+        >>> (x * 2).tensor
+        tensor([[2., 4., 6.],
+                [8., 0., 0.]])
+        >>> x.mean(dim=1)
+        tensor([2., 4.])
+
+        Channel-first signals vary in element dim 1; saying so keeps a batch of one structured like any other:
+
+        >>> signals = NestedTensor(torch.zeros(1, 2, 7), ragged_dims=1)
+        >>> signals = NestedTensor(list(torch.zeros(1, 2, 7)), ragged_dims=1)
+        >>> signals.shape, signals.ragged_dims
+        (torch.Size([1, 2, 7]), (1,))
+    """
+
+    __slots__ = ("_values", "_layout", "_flags")
+
+    _values: Tensor  # type: ignore[assignment]
+    _layout: Layout
+    _flags: Flags
+
+    def __new__(
+        cls,
+        *tensors: Any,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        requires_grad: bool | None = None,
+        pin_memory: bool = False,
+        batch_first: bool = True,
+        padding_value: Any = 0.0,
+        mask_value: bool = False,
+        ragged_dims: int | Iterable[int] | None = None,
+    ) -> NestedTensor:
+        from danling.tensors.construct import build
+
+        return build(tensors, dtype, device, requires_grad, pin_memory, batch_first, padding_value, mask_value, ragged_dims)
+
+    def __init__(self, *tensors: Any, **settings: Any) -> None:
+        # Everything is done in __new__; torch.Tensor.__init__ takes no arguments.
+        pass
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = TABLE.get(func)
+        if rule is None:
+            rule = resolve(func)
+        if not kwargs:
+            return rule(*args)
+        if kwargs.get("out") is not None:
+            return call_with_out(func, rule, args, kwargs)
+        return rule(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Below autograd a NestedTensor is its values: the engine adds gradients, and makes views of what a custom
+        # function returns as it is.
+        out = func(*_bare(args), **_bare(kwargs or {}))
+        first = next((a for a in args if isinstance(a, NestedTensor)), None)
+        if first is None or func is _alias:
+            return out
+        if func._schema.is_mutable:
+            return args[0]
+        if func in _KEPT and isinstance(out, Tensor) and out.shape == first._values.shape:
+            return wrap(out, first._layout, first._flags)
+        return out
+
+    # Structure.
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The padded shape."""
+        return self._layout.shape
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        """Number of dims, batch included."""
+        return self._layout.rank + 1
+
+    def dim(self) -> int:
+        """Number of dims, batch included."""
+        return self._layout.rank + 1
+
+    ndimension = dim
+
+    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+        """The padded shape, or one of its sizes."""
+        return self._layout.shape if dim is None else self._layout.shape[dim]
+
+    def __len__(self) -> int:
+        return self._layout.batch_size
+
+    def numel(self) -> int:
+        """Number of real values."""
+        return self._layout.numel
+
+    nelement = numel
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of the real values."""
+        return self._layout.numel * self._values.element_size()
+
+    @property
+    def structure(self) -> Layout:
+        """The immutable `Layout`."""
+        return self._layout
+
+    @property
+    def ragged_dims(self) -> tuple[int, ...]:
+        """Element dims that may differ between elements."""
+        return self._layout.ragged_dims
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 `(B,)` sizes of the only ragged dim, on the tensor's device.
+
+        Raises:
+            ValueError: The number of ragged dims is not one.
+        """
+        if len(self._layout.ragged_dims) != 1:
+            raise ValueError(f"lengths needs exactly one ragged dim, got ragged_dims={self._layout.ragged_dims}")
+        return self._layout.segments.on("lengths", self._values.device).clone()
+
+    @property
+    def occupancy(self) -> float:
+        """Real values over padded values; 0.0 when there are none."""
+        padded = self._layout.shape.numel()
+        return self._layout.numel / padded if padded else 0.0
+
+    @property
+    def _offsets(self) -> Tensor:
+        return self._layout.offsets
+
+    @property
+    def _permutation(self) -> tuple[int, ...]:
+        return self._layout.permutation
+
+    @property
+    def _physical_shape(self) -> Tensor:
+        return self._layout.sizes
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Data type of the values."""
+        return self._values.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Device of the values."""
+        return self._values.device
+
+    @property
+    def layout(self) -> torch.layout:  # type: ignore[override]
+        """Always `torch.strided`; the structure is in `.structure`."""
+        return torch.strided
+
+    @property
+    def is_nested(self) -> bool:  # type: ignore[override]
+        """Always False: torch's own nested tensors are another type."""
+        return False
+
+    def stride(self, dim: int | None = None) -> Any:  # type: ignore[override]
+        """Contiguous strides of `.shape`."""
+        strides, step = [], 1
+        for size in reversed(self._layout.shape):
+            strides.append(step)
+            step *= max(size, 1)
+        out = tuple(reversed(strides))
+        return out if dim is None else out[dim]
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:  # type: ignore[override]
+        """Whether the values are contiguous."""
+        return self._values.is_contiguous()
+
+    # Settings.
+    @property
+    def batch_first(self) -> bool:
+        """Whether `.shape` starts with the batch; writable."""
+        return self._layout.batch_first
+
+    @batch_first.setter
+    def batch_first(self, value: bool) -> None:
+        self._layout = self._layout.replace(batch_first=check_bool("batch_first", value))
+
+    @property
+    def padding_value(self) -> Any:
+        """Fill of `.tensor` outside the elements; writable."""
+        return self._flags[0]
+
+    @padding_value.setter
+    def padding_value(self, value: Any) -> None:
+        self._flags = (check_number("padding_value", value), self._flags[1])
+
+    @property
+    def mask_value(self) -> bool:
+        """The boolean that marks padding in `.mask`; writable."""
+        return self._flags[1]
+
+    @mask_value.setter
+    def mask_value(self, value: bool) -> None:
+        self._flags = (self._flags[0], check_bool("mask_value", value))
+
+    # Conversion.
+    @property
+    def tensor(self) -> Tensor:
+        """Padded dense tensor of `.shape`, made afresh on each read; differentiable."""
+        return to_padded(values_of(self), self._layout, self._flags[0])
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, `not mask_value` where data is; batch and element dims up to the last ragged one."""
+        return make_mask(self._layout, self._values.device, self._flags[1])
+
+    @property
+    def tensor_mask(self) -> tuple[Tensor, Tensor]:
+        """`(tensor, mask)`."""
+        return self.tensor, self.mask
+
+    @property
+    def concat(self) -> Tensor:
+        """The packed values `(R, *static)`, shared with this tensor."""
+        return values_of(self)
+
+    def concatenate(self) -> tuple[Tensor, tuple[torch.Size, ...]]:
+        """`(concat, shapes)`, the arguments of `from_concatenated`."""
+        from danling.tensors.construct import Shapes
+
+        return values_of(self), Shapes(self._layout.element_shapes(), self._layout.ragged_dims)
+
+    def unbind(self, dim: int | None = None) -> tuple[Any, ...]:  # type: ignore[override]
+        """The elements; along a static dim, NestedTensors."""
+        layout = self._layout
+        if dim is None or layout.element_dim(dim) is None:
+            values = values_of(self)
+            if layout.dense:
+                return values.unbind(0)
+            parts = torch.split_with_sizes(values, layout.segments.lengths)
+            if layout.ragged_dims == (0,):
+                return tuple(parts)
+            return tuple(shape_element(part, layout, i) for i, part in enumerate(parts))
+        from danling.tensors.ops.shape import unbind_static
+
+        return unbind_static(self, dim)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.unbind())
+
+    def __reversed__(self) -> Any:
+        return self[list(range(len(self) - 1, -1, -1))]
+
+    def tolist(self) -> list[Any]:
+        """Nested lists of the real values."""
+        return [t.tolist() for t in self.unbind()]
+
+    def to_torch_nested(self) -> Tensor:
+        """This batch as PyTorch's own nested tensor (jagged with one ragged dim, strided with none).
+
+        Raises:
+            ValueError: There are two or more ragged dims.
+        """
+        from danling.tensors.construct import to_torch_nested
+
+        return to_torch_nested(self)
+
+    def nested_like(self, tensor: Tensor, strict: bool = True) -> NestedTensor:
+        """A dense tensor in this structure; see `danling.tensors.construct.nested_like`."""
+        from danling.tensors.construct import nested_like
+
+        return nested_like(self, tensor, strict)
+
+    def __bool__(self) -> bool:
+        raise RuntimeError(
+            "the truth of a NestedTensor is ambiguous; use any(), all() or numel(), whatever the number of values"
+        )
+
+    def item(self) -> Any:
+        """The value, when there is exactly one.
+
+        Raises:
+            RuntimeError: There is another number of values.
+        """
+        if self._layout.numel != 1:
+            raise RuntimeError(f"a NestedTensor with {self._layout.numel} values cannot be converted to a number")
+        return self._values.item()
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __complex__(self) -> complex:
+        return complex(self.item())
+
+    def __index__(self) -> int:
+        return self.item().__index__()
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        if type(index) is int:
+            return slice_element(values_of(self), self._layout, check_index(index, self._layout.batch_size))
+        from danling.tensors.ops.indexing import read
+
+        return read(self, index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        from danling.tensors.ops.indexing import write
+
+        write(self, index, value)
+
+    def __contains__(self, item: Any) -> bool:
+        return bool((self._values == item).any())
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        elements = self.detach().unbind()
+        count = len(elements)
+        shown = elements if count <= 10 else elements[:5]
+        parts = [_indent(repr(t)) for t in shown]
+        if count > len(shown):
+            parts.append(f"  ... {count} elements")
+        about = [f"dtype={self.dtype}", f"device='{self.device}'"]
+        if self.requires_grad:
+            grad_fn = self.grad_fn
+            about.append("requires_grad=True" if grad_fn is None else f"grad_fn=<{type(grad_fn).__name__}>")
+        about.append(f"ragged_dims={self.ragged_dims}")
+        return "NestedTensor([\n" + ",\n".join(parts) + "\n], " + ", ".join(about) + ")"
+
+    # What would need one block of memory of `.shape`.
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a NestedTensor has no dense storage; use .concat (packed values) or .tensor (padded copy)")
+
+    data_ptr = untyped_storage = storage = storage_offset = as_strided = as_strided_ = set_ = resize_ = _refuse
+    resize_as_ = numpy = __array__ = __dlpack__ = __dlpack_device__ = _refuse
+
+    def _refuse_map(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("Python callbacks per value are not supported on a NestedTensor; apply them to .concat")
+
+    apply_ = map_ = map2_ = _refuse_map  # type: ignore[assignment]
+
+    def _refuse_kind(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("sparse and quantised values are not supported in a NestedTensor; convert .concat instead")
+
+    to_sparse = to_sparse_csr = to_sparse_csc = to_sparse_bsr = to_sparse_bsc = to_sparse_coo = _refuse_kind
+    to_dense = to_mkldnn = sparse_mask = sparse_resize_ = _refuse_kind
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """`value` if it is a bool, else `TypeError`."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def check_number(name: str, value: Any) -> Any:
+    """`value` if it is a number, else `TypeError`."""
+    if not isinstance(value, (int, float, complex)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return value
+
+
+def check_index(index: int, size: int, what: str = "element") -> int:
+    """A non-negative index below `size`, else `IndexError`."""
+    if not -size <= index < size:
+        raise IndexError(f"{what} index {index} is out of range for a batch of {size}")
+    return index + size if index < 0 else index
+
+
+def make_mask(layout: Layout, device: torch.device, mask_value: bool) -> Tensor:
+    """bool mask of the batch and the element dims up to the last ragged one."""
+    segments = layout.segments
+    batch = segments.batch_size
+    if layout.dense:
+        return torch.full((batch,), not mask_value, device=device)
+    last = layout.ragged_dims[-1]
+    rank = last + 1
+    shape = [1] * rank
+    mask: Tensor | None = None
+    sizes = segments.on("sizes", device)
+    for j, d in enumerate(layout.ragged_dims):
+        view = list(shape)
+        view[d] = segments.max_sizes[j]
+        inside = torch.arange(view[d], device=device) < sizes[:, j, None]
+        inside = inside.view(batch, *view)
+        mask = inside if mask is None else mask & inside
+    assert mask is not None
+    full = [segments.max_sizes[layout.ragged_dims.index(d)] if d in layout.ragged_dims else 0 for d in range(rank)]
+    for d in range(rank):
+        if d not in layout.ragged_dims:
+            full[d] = layout.static_sizes[layout.static_dims.index(d)]
+    mask = mask.expand(batch, *full)
+    if not layout.batch_first:
+        mask = mask.transpose(0, 1)
+    return mask.logical_not() if mask_value else mask.clone(memory_format=torch.contiguous_format)
+
+
+_aten = torch.ops.aten
+_alias = _aten.alias.default
+_KEPT = {
+    _aten.view.default,
+    _aten.detach.default,
+    _aten.clone.default,
+    _aten.add.Tensor,
+    _aten._to_copy.default,
+}
+
+
+def _bare(tree: Any) -> Any:
+    if isinstance(tree, NestedTensor):
+        return tree._values
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_bare(item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: _bare(item) for key, item in tree.items()}
+    return tree

@@ -1,0 +1,5 @@
+"""Import every rule file, which enters its rules in the table."""
+
+from danling.tensors.ops import pointwise
+
+__all__ = ["pointwise"]
