@@ -38,14 +38,10 @@ class Runner(BaseRunner):
         if cls.stack is not None:  # an engine is among the bases, or this is a combined class already
             return super().__new__(cls)
         config = _find_config(args, kwargs)
-        choice = resolve_stack(config, checkpoint_stack=_checkpoint_stack(cls, config))
+        choice = resolve_stack(config, checkpoint_stack=_checkpoint_stack(config) if config.stack == "auto" else None)
         runner = super().__new__(combine(cls, load_engine(choice.name)))
         runner.__dict__["stack_reason"] = choice.reason
         return runner
-
-
-class _Combined(type(BaseRunner)):  # type: ignore[misc]
-    """Marks the classes made by `combine`, so that they pickle by reference to their pair."""
 
 
 @cache
@@ -57,14 +53,19 @@ def combine(user: type, engine: type[BaseRunner]) -> type:
         "__doc__": user.__doc__,
         "stack": engine.stack,
     }
-    return _Combined(user.__name__, (user, engine), namespace)
+    return _metaclass(type(user))(user.__name__, (user, engine), namespace)
+
+
+@cache
+def _metaclass(base: type) -> type:
+    """The metaclass of combined classes, which lets them pickle by reference to their pair."""
+    metaclass = type(f"Combined{base.__name__}", (base,), {})
+    copyreg.pickle(metaclass, _pair)  # type: ignore[arg-type]
+    return metaclass
 
 
 def _pair(combined: type) -> tuple[Any, tuple[type, ...]]:
     return combine, combined.__bases__
-
-
-copyreg.pickle(_Combined, _pair)  # type: ignore[arg-type]
 
 
 def _find_config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,6 +76,21 @@ def _find_config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return RunnerConfig.of({} if found is None else found)
 
 
-def _checkpoint_stack(cls: type[Runner], config: Any) -> str | None:
-    """The stack that wrote the checkpoint this run is going to resume from, if any."""
+def _checkpoint_stack(config: Any) -> str | None:
+    """The stack that wrote the checkpoint this run is going to resume from, if any; the manifest alone is read."""
+    from .errors import CheckpointError
+    from .locate import list_checkpoints, resolve
+    from .manifest import read_manifest
+    from .workspace import Workspace
+
+    try:
+        if config.resume:
+            return read_manifest(resolve(config.resume)).get("stack")
+        if config.auto_resume:
+            full = [
+                info for info in list_checkpoints(Workspace.from_config(config).checkpoint_dir) if info.kind == "full"
+            ]
+            return full[-1].manifest.get("stack") if full else None
+    except CheckpointError:  # reported when it is loaded
+        pass
     return None

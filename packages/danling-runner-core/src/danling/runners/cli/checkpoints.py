@@ -1,40 +1,86 @@
-"""The checkpoints of a run as the command shows them."""
+"""Checkpoints as the command names and shows them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ..atomic import read_json
-from .run_files import RunFiles
+from .. import locate, pointers
+from ..errors import CheckpointError, CheckpointNotFoundError
+from ..manifest import MANIFEST, verify
+from .main import CommandError
+from .run_files import RunFiles, is_run
+
+
+def checkpoint_dir(files: RunFiles) -> Path:
+    """Where the run keeps its checkpoints."""
+    section = files.config.get("checkpoint")
+    name = section.get("dir_name") if isinstance(section, dict) else None
+    return files.dir / (name or "checkpoints")
 
 
 def list_checkpoints(files: RunFiles) -> list[dict[str, Any]]:
     """Committed checkpoints, oldest first, with size in bytes and the aliases that name them."""
-    checkpoint = files.config.get("checkpoint")
-    name = checkpoint.get("dir_name", "checkpoints") if isinstance(checkpoint, dict) else "checkpoints"
-    root = files.dir / name
+    root = checkpoint_dir(files)
     aliases: dict[str, list[str]] = {}
-    for pointer in sorted(root.glob("*.pointer")):
-        aliases.setdefault(_text(pointer), []).append(pointer.stem)
-    found = []
-    for manifest in sorted(root.glob("*/manifest.json")):
-        directory = manifest.parent
-        if directory.is_symlink() or directory.name.startswith("."):
-            continue
-        try:
-            content = read_json(manifest)
-            size = sum(entry["size"] for entry in content["files"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            files.unreadable[str(manifest.relative_to(files.dir))] = " ".join(str(error).split())
-            continue
-        facts = {key: content.get(key) for key in ("kind", "global_step", "micro_step", "epoch", "score")}
-        found.append({"name": directory.name, **facts, "size": size, "aliases": aliases.get(directory.name, [])})
-    return sorted(found, key=lambda c: (c["global_step"] or 0, c["micro_step"] or 0, c["name"]))
+    for alias, name in pointers.read_pointers(root).items():
+        aliases.setdefault(name, []).append(alias)
+    return [
+        {
+            "name": info.name,
+            "kind": info.kind,
+            **{key: info.manifest.get(key) for key in ("global_step", "micro_step", "epoch", "phase", "score")},
+            "size": info.size,
+            "aliases": aliases.get(info.name, []),
+        }
+        for info in locate.list_checkpoints(root)
+    ]
 
 
-def _text(pointer: Path) -> str:
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint that a directory, alias, pointer file or run directory names.
+
+    Raises:
+        CommandError: there is none.
+    """
     try:
-        return Path(pointer.read_text(encoding="utf-8").strip()).name
-    except (OSError, ValueError):
-        return ""
+        return locate.resolve(path)
+    except CheckpointError as error:
+        raise CommandError(str(error)) from error
+
+
+def find_all(path: str) -> list[Path]:
+    """The checkpoint that ``path`` names, or everything that should be one below a run or checkpoint directory.
+
+    Raises:
+        CommandError: there is none.
+    """
+    directory = Path(path)
+    if is_run(directory):
+        directory = checkpoint_dir(RunFiles(directory))
+    elif not directory.is_dir() or directory.is_symlink() or (directory / MANIFEST).exists():
+        return [find_checkpoint(path)]
+    found = sorted(
+        entry
+        for entry in (directory.iterdir() if directory.is_dir() else ())
+        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith(".")
+    )
+    if not found:
+        raise CommandError(f"no checkpoint at {path}")
+    return found
+
+
+def check(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint, one line each.
+
+    Raises:
+        CommandError: there is no such directory.
+    """
+    try:
+        return verify(checkpoint)
+    except CheckpointNotFoundError as error:
+        if not checkpoint.is_dir():
+            raise CommandError(str(error)) from error
+        return [str(error)]
+    except CheckpointError as error:
+        return [str(error)]

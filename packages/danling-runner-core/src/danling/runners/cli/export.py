@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ..errors import CheckpointError, StackError
-from .checkpoints import find_checkpoint, read_manifest
+from ..manifest import require_whole
+from .checkpoints import find_checkpoint
 from .main import CommandError
 
 DTYPES = ("fp32", "fp16", "bf16", "fp64")
@@ -33,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"{output} exists; --force overwrites it")
     if not output.parent.is_dir():
         raise CommandError(f"{output.parent}: no such directory")
-    stack = read_manifest(checkpoint).get("stack") or "torch"
     try:
+        stack = require_whole(checkpoint).get("stack") or "torch"
         load_engine(stack).export_checkpoint(checkpoint, output, dtype=args.dtype, ema=not args.no_ema)
     except (CheckpointError, StackError) as error:
         raise CommandError(str(error)) from error
