@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from danling.tensors.kernels import register
+from danling.tensors.kernels import gradients
 from danling.tensors.kernels.load import info, load
 
 load()
@@ -36,21 +36,6 @@ __all__ = [
     "segment_sum",
     "unpad",
 ]
-
-_ops = register.ops
-_pad = _ops.pad.default
-_unpad = _ops.unpad.default
-_pack = _ops.pack.default
-_pad_list = _ops.pad_list.default
-_expand = _ops.segment_expand.default
-_sum = _ops.segment_sum.default
-_mean = _ops.segment_mean.default
-_max = _ops.segment_max.default
-_min = _ops.segment_min.default
-_softmax = _ops.segment_softmax.default
-_softmax_backward = _ops.segment_softmax_backward.default
-_logsumexp = _ops.segment_logsumexp.default
-_cumsum = _ops.segment_cumsum.default
 
 
 def pad(values: Tensor, offsets: Tensor, sizes: Tensor | None, max_sizes: Sequence[int], fill: Tensor) -> Tensor:
@@ -75,7 +60,7 @@ def pad(values: Tensor, offsets: Tensor, sizes: Tensor | None, max_sizes: Sequen
         tensor([[ 1.,  2.],
                 [ 3., -1.]])
     """
-    return _pad(values, offsets, sizes, max_sizes, fill)
+    return gradients.pad(values, offsets, sizes, max_sizes, fill)
 
 
 def unpad(padded: Tensor, offsets: Tensor, sizes: Tensor | None, rows: int) -> Tensor:
@@ -96,7 +81,7 @@ def unpad(padded: Tensor, offsets: Tensor, sizes: Tensor | None, rows: int) -> T
         >>> unpad(torch.tensor([[1, 2], [3, 0]]), torch.tensor([0, 2, 3]), None, 3)
         tensor([1, 2, 3])
     """
-    return _unpad(padded, offsets, sizes, rows)
+    return gradients.unpad(padded, offsets, sizes, rows)
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
@@ -112,10 +97,9 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
         >>> pack([torch.tensor([1, 2]), torch.tensor([3])])
         tensor([1, 2, 3])
     """
-    first = tensors[0]
-    if first.device.type == "cpu" and first.element_size() > 1:
-        return torch.cat(tensors)  # type: ignore[arg-type]  # faster than a call that boxes a list of tensors
-    return _pack(tensors)
+    if tensors[0].device.type == "cpu":  # faster there than a call that has to box every tensor of a list
+        return torch.cat(tensors).contiguous()  # type: ignore[arg-type]  # cat keeps channels_last
+    return gradients.pack(tensors)
 
 
 def pad_list(tensors: Sequence[Tensor], max_sizes: Sequence[int], fill: Tensor) -> Tensor:
@@ -134,7 +118,7 @@ def pad_list(tensors: Sequence[Tensor], max_sizes: Sequence[int], fill: Tensor) 
         tensor([[1, 2],
                 [3, 0]])
     """
-    return _pad_list(tensors, max_sizes, fill)
+    return gradients.pad_list(tensors, max_sizes, fill)
 
 
 def segment_expand(per_segment: Tensor, offsets: Tensor, rows: int) -> Tensor:
@@ -144,7 +128,7 @@ def segment_expand(per_segment: Tensor, offsets: Tensor, rows: int) -> Tensor:
         >>> segment_expand(torch.tensor([5, 7]), torch.tensor([0, 2, 3]), 3)
         tensor([5, 5, 7])
     """
-    return _expand(per_segment, offsets, rows)
+    return gradients.segment_expand(per_segment, offsets, rows)
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
@@ -154,7 +138,7 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
         >>> segment_sum(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 3]))
         tensor([3., 3.])
     """
-    return _sum(values, offsets)
+    return gradients.segment_sum(values, offsets)
 
 
 def segment_mean(values: Tensor, offsets: Tensor) -> Tensor:
@@ -164,7 +148,7 @@ def segment_mean(values: Tensor, offsets: Tensor) -> Tensor:
         >>> segment_mean(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 3]))
         tensor([1.5000, 3.0000])
     """
-    return _mean(values, offsets)
+    return gradients.segment_mean(values, offsets)
 
 
 def segment_max(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +161,7 @@ def segment_max(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         >>> segment_max(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 3]))
         (tensor([2., 3.]), tensor([1, 0]))
     """
-    return _max(values, offsets)
+    return gradients.segment_max(values, offsets)
 
 
 def segment_min(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +171,7 @@ def segment_min(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         >>> segment_min(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 3]))
         (tensor([1., 3.]), tensor([0, 0]))
     """
-    return _min(values, offsets)
+    return gradients.segment_min(values, offsets)
 
 
 def segment_softmax(values: Tensor, offsets: Tensor, log: bool = False) -> Tensor:
@@ -197,7 +181,7 @@ def segment_softmax(values: Tensor, offsets: Tensor, log: bool = False) -> Tenso
         >>> segment_softmax(torch.tensor([1.0, 1.0, 3.0]), torch.tensor([0, 2, 3]))
         tensor([0.5000, 0.5000, 1.0000])
     """
-    return _softmax(values, offsets, log)
+    return gradients.segment_softmax(values, offsets, log)
 
 
 def segment_softmax_backward(grad: Tensor, output: Tensor, offsets: Tensor, log: bool = False) -> Tensor:
@@ -208,7 +192,7 @@ def segment_softmax_backward(grad: Tensor, output: Tensor, offsets: Tensor, log:
         >>> segment_softmax_backward(torch.tensor([1.0, 0.0, 1.0]), probability, torch.tensor([0, 2, 3]))
         tensor([ 0.2500, -0.2500,  0.0000])
     """
-    return _softmax_backward(grad, output, offsets, log)
+    return gradients.segment_softmax_backward(grad, output, offsets, log)
 
 
 def segment_logsumexp(values: Tensor, offsets: Tensor) -> Tensor:
@@ -218,7 +202,7 @@ def segment_logsumexp(values: Tensor, offsets: Tensor) -> Tensor:
         >>> segment_logsumexp(torch.tensor([0.0, 0.0, 3.0]), torch.tensor([0, 2, 3]))
         tensor([0.6931, 3.0000])
     """
-    return _logsumexp(values, offsets)
+    return gradients.segment_logsumexp(values, offsets)
 
 
 def segment_cumsum(values: Tensor, offsets: Tensor, reverse: bool = False) -> Tensor:
@@ -228,4 +212,4 @@ def segment_cumsum(values: Tensor, offsets: Tensor, reverse: bool = False) -> Te
         >>> segment_cumsum(torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]))
         tensor([1, 3, 3])
     """
-    return _cumsum(values, offsets, reverse)
+    return gradients.segment_cumsum(values, offsets, reverse)

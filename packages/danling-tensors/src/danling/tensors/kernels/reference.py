@@ -53,8 +53,12 @@ def _padded_rows(offsets: Tensor, sizes: Tensor | None, max_sizes: Sequence[int]
 def pad(values: Tensor, offsets: Tensor, sizes: Tensor | None, max_sizes: Sequence[int], fill: Tensor) -> Tensor:
     static = values.shape[1:]
     batch = offsets.shape[0] - 1
-    out = _bits(fill).reshape(()).to(values.device).expand(batch * prod(max_sizes), *static).clone(
-        memory_format=torch.contiguous_format
+    out = (
+        _bits(fill)
+        .reshape(())
+        .to(values.device)
+        .expand(batch * prod(max_sizes), *static)
+        .clone(memory_format=torch.contiguous_format)
     )
     target = _padded_rows(offsets, sizes, max_sizes, values.shape[0])
     out.index_copy_(0, target, _bits(values))
@@ -78,8 +82,12 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 def pad_list(tensors: Sequence[Tensor], max_sizes: Sequence[int], fill: Tensor) -> Tensor:
     static = tensors[0].shape[len(max_sizes) :] if tensors else ()
     device = tensors[0].device if tensors else fill.device
-    out = _bits(fill).reshape(()).to(device).expand(len(tensors), *max_sizes, *static).clone(
-        memory_format=torch.contiguous_format
+    out = (
+        _bits(fill)
+        .reshape(())
+        .to(device)
+        .expand(len(tensors), *max_sizes, *static)
+        .clone(memory_format=torch.contiguous_format)
     )
     for row, tensor in zip(out.unbind(), tensors, strict=True):
         row[tuple(slice(size) for size in tensor.shape[: len(max_sizes)])] = _bits(tensor)
@@ -195,7 +203,9 @@ def segment_cumsum(values: Tensor, offsets: Tensor, reverse: bool) -> Tensor:
     width = 1
     limit = int(offsets.diff().max()) if offsets.device.type == "cpu" and offsets.shape[0] > 1 else rows
     while width < limit:
-        near, far = (slice(0, rows - width), slice(width, rows)) if reverse else (slice(width, rows), slice(0, rows - width))
+        near, far = (
+            (slice(0, rows - width), slice(width, rows)) if reverse else (slice(width, rows), slice(0, rows - width))
+        )
         work[near] = work[near] + work[far].masked_fill(reach[near] < width, 0)
         width *= 2
     return work if not values.is_floating_point() else work.to(values.dtype)
