@@ -20,13 +20,13 @@ from .coordinator import Coordinator
 from .crash import crash_point
 from .errors import CheckpointError
 from .locate import CheckpointInfo, list_checkpoints, newest_checkpoint, resolve
-from .manifest import KINDS, describe_files, read_manifest, verify, walk, write_manifest
+from .manifest import KINDS, MANIFEST, describe_files, read_manifest, verify, walk, write_manifest
 from .pointers import check_alias, move, read_pointer, read_pointers
 from .pointers import link as link_alias
 from .retention import TEMPORARY, free_name, prune, sweep
 
 _log = logging.getLogger(__name__)
-BOUNDARY = ("kind", "global_step", "micro_step", "epoch", "phase")
+BOUNDARY = ("kind", "global_step", "micro_step", "epoch")
 
 
 class Snapshot(Protocol):
@@ -214,7 +214,9 @@ class CheckpointStore:
     def _is_saved(self, path: Path, meta: Mapping[str, Any]) -> bool:
         try:
             manifest = read_manifest(path)
-            return all(manifest.get(key) == meta.get(key) for key in BOUNDARY) and not verify(path, checksums=False)
+            same = all(manifest.get(key) == meta.get(key) for key in BOUNDARY)
+            evaluating = [facts.get("phase") == "evaluate" for facts in (manifest, meta)]
+            return same and evaluating[0] == evaluating[1] and not verify(path, checksums=False)
         except CheckpointError:
             return False
 
@@ -401,6 +403,10 @@ class CheckpointStore:
     def list(self) -> builtins.list[CheckpointInfo]:
         """The committed checkpoints, oldest progress first."""
         return list_checkpoints(self.directory)
+
+    def exists(self, name: str) -> bool:
+        """Whether a checkpoint of this name is committed."""
+        return (self.directory / name / MANIFEST).exists()
 
     def resolve(self, src: str | os.PathLike[str]) -> Path:
         """Turn an alias, name, pointer file, checkpoint or run directory into a directory; see `locate.resolve`."""

@@ -1,0 +1,83 @@
+"""How ranks meet outside of gradients: commits of checkpoints, common decisions, one small sum per window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from danling.runners.coordinator import Coordinator
+
+
+class TorchCoordinator(Coordinator):
+    """The coordinator of a `torch.distributed` world.
+
+    Args:
+        group: the group for its collectives; None is the default group. Its tensors live where its backend has them.
+        threaded: whether the group is used by nothing else, so that a writer thread may use it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, threaded: bool = False) -> None:
+        self.group = group
+        self.threaded = threaded
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.gather_objects(None)
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        """Give every rank the objects of all ranks, in order of rank."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, obj, group=self.group)
+        return gathered
+
+    def broadcast_object(self, obj: Any) -> Any:
+        """Give every rank the object of rank 0."""
+        box = [obj if self.rank == 0 else None]
+        dist.broadcast_object_list(
+            box, src=0 if self.group is None else dist.get_global_rank(self.group, 0), group=self.group
+        )
+        return box[0]
+
+
+def new_commit_group(backend: str = "gloo", timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Make a group of all ranks that only checkpoint commits use, so that they may run on a writer thread.
+
+    Args:
+        backend: gloo or nccl.
+        timeout: how long a rank waits for the others.
+    """
+    return dist.new_group(backend=backend, timeout=timeout)
+
+
+class Header:
+    """A few numbers of each rank, summed over all ranks in one collective.
+
+    Args:
+        size: how many numbers.
+        group: None is the default group.
+        device: where the numbers are reduced.
+    """
+
+    def __init__(self, size: int, *, group: dist.ProcessGroup | None = None, device: Any = "cpu") -> None:
+        self.group = group
+        self.values = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def sum(self, values: Sequence[float | torch.Tensor]) -> torch.Tensor:
+        """Return the sums over ranks; the tensor is overwritten by the next call.
+
+        Args:
+            values: numbers, or tensors without dimensions, which are not read by the host.
+        """
+        if any(isinstance(value, torch.Tensor) for value in values):
+            for slot, value in zip(self.values, values, strict=True):
+                slot.copy_(value) if isinstance(value, torch.Tensor) else slot.fill_(value)
+        else:
+            self.values.copy_(torch.tensor(values, dtype=torch.float64))
+        dist.all_reduce(self.values, group=self.group)
+        return self.values
