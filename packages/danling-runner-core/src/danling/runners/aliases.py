@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -25,10 +26,13 @@ RENAMED = {
 SYNONYMS = {"sched": "scheduler", "optimizer": "optim"}
 
 
-def warn_renamed(old: str, stacklevel: int) -> None:
-    """Tell the user once per use what an older key is called now."""
+def warn_renamed(old: str) -> None:
+    """Tell the user what an older key is called now, at the line outside of danling and chanfig that used it."""
+    frame, stacklevel = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("danling.runners", "chanfig")):
+        frame, stacklevel = frame.f_back, stacklevel + 1
     message = f"the configuration key {old!r} is now called {RENAMED[old]!r}"
-    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 1)
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
 def canonical(name: Any) -> Any:
@@ -49,12 +53,11 @@ def conflict(old: str, value: Any, new: str, current: Any) -> str:
     return f"{old}: {value!r} contradicts {new}: {current!r}; they are two names of one key, give {new!r} alone"
 
 
-def translate(layer: Mapping[Any, Any], stacklevel: int = 2) -> tuple[dict[Any, Any], list[str]]:
+def translate(layer: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
     """Return a mapping of configuration keys with today's names, and a line for each contradiction in it.
 
     Args:
         layer: what somebody gave: constructor arguments, a file, or a command line; dotted and nested names both work.
-        stacklevel: whose line the `DeprecationWarning`s name, counted as in `warnings.warn`.
 
     Examples:
         >>> translate({"sched": {"type": "cosine"}})
@@ -69,16 +72,17 @@ def translate(layer: Mapping[Any, Any], stacklevel: int = 2) -> tuple[dict[Any, 
             continue
         new = canonical(name)
         if new in result and isinstance(result[new], Mapping) and isinstance(value, Mapping):
-            old = name if name != new else next(key for key, section in SYNONYMS.items() if section == new)
             clashes = differing(result[new], value, "")
-            problems += [conflict(f"{old}{path}", given, f"{new}{path}", kept) for path, kept, given in clashes]
+            problems += [
+                conflict(f"{_other_name(name)}{path}", given, f"{new}{path}", kept) for path, kept, given in clashes
+            ]
             result[new] = overlay(result[new], value)
         elif new in result and result[new] != value:
-            problems.append(conflict(str(name), value, new, result[new]))
+            problems.append(conflict(_other_name(name), value, new, result[new]))
         else:
             result[new] = value
     for name, value in renamed:
-        warn_renamed(name, stacklevel + 1)
+        warn_renamed(name)
         new = RENAMED[name]
         found, current = find(result, new)
         if found and current != value:
@@ -86,6 +90,12 @@ def translate(layer: Mapping[Any, Any], stacklevel: int = 2) -> tuple[dict[Any, 
         elif not found:
             place(result, new, value)
     return result, problems
+
+
+def _other_name(name: str) -> str:
+    """Return the name with a synonym at its head, which it may have already."""
+    head, dot, rest = name.partition(".")
+    return next((synonym for synonym, section in SYNONYMS.items() if section == head), head) + dot + rest
 
 
 def differing(mine: Mapping[Any, Any], other: Mapping[Any, Any], path: str) -> list[tuple[str, Any, Any]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .configfile import parse_scalar
-from .keys import ABSENT, lookup
+from .keys import ABSENT, KEYS, lookup
 from .kinds import split_kind
 
 _OPTION = re.compile(r"--[A-Za-z_]")
@@ -92,7 +92,7 @@ def read_words(kind: str, words: Sequence[str] | None, key: str) -> Any:
         if "bool" in alternatives or kind == "any":
             return True
         raise ValueError(f"--{key}: needs a value")
-    if "list" in alternatives and not (len(words) == 1 and "str" in alternatives and not words[0].startswith("[")):
+    if "list" in alternatives and not (len(words) == 1 and len(alternatives) > 1 and not words[0].startswith("[")):
         if len(words) == 1 and (words[0].startswith("[") or words[0].lower() in ("none", "null", "")):
             return parse_scalar(words[0])
         return [parse_scalar(word) if alternatives == ["list"] and kind != "list?" else word for word in words]
@@ -114,31 +114,25 @@ def help_text(prog: str, rows: Sequence[Row], width: int | None = None) -> str:
         "Keys are given as --key value, --key=value, or --flag and --no-flag; lists take several words.",
         "Files (YAML or JSON) are read first, later ones win, and single keys win over all of them.",
     ]
-    section: str | None = None
+    heading = ""
     for row in rows:
-        head = row.name.split(".")[0] if "." in row.name else ""
-        if head != section:
-            section = head
-            lines += ["", f"{head or 'general'}:"]
-        default = "" if row.default is ABSENT else f" (default: {_shown(row.default)})"
+        head = row.name.split(".")[0] if "." in row.name else "general"
+        title = head if row.name in KEYS else "your keys" if head == "general" else f"{head} (yours)"
+        if title != heading:
+            heading = title
+            lines += ["", f"{heading}:"]
         first = f"  --{row.name} {row.type.upper()}"
+        default = "" if row.default is ABSENT else f"(default: {_shown(row.default)})"
         indent = " " * 34
-        gap = first.ljust(34) if len(first) < 33 else f"{first}\n{indent}"
-        text = textwrap.fill(f"{row.meaning}{default}".strip(), max(width - 34, 20), subsequent_indent=indent)
-        lines.append(f"{gap}{text}".rstrip())
+        text = textwrap.fill(f"{row.meaning} {default}".strip(), width, initial_indent=indent, subsequent_indent=indent)
+        lines.append(f"{first}\n{text}".rstrip() if len(first) > 32 else (first.ljust(34) + text.strip()).rstrip())
     return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:
-    return (
-        {None: "none", True: "true", False: "false", "": "''"}.get(value, str(value))
-        if _hashable(value)
-        else str(value)
-    )
-
-
-def _hashable(value: Any) -> bool:
-    return isinstance(value, (str, bool, type(None)))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value) or "''"
 
 
 def check_value(key: str, words: Sequence[str] | None, annotation: Callable[[Any], Any] | None) -> Any:
@@ -163,6 +157,8 @@ def check_value(key: str, words: Sequence[str] | None, annotation: Callable[[Any
             return annotation(candidate)
         except ValueError as error:
             reason = str(error)
+    if words is None:
+        raise ValueError(f"--{key}: needs a value")
     raise ValueError(problem(key, raw, reason))
 
 
@@ -173,7 +169,11 @@ def problem(key: str, value: Any, allowed: str) -> str:
         >>> problem("epochs", "three", "a whole number >= 1 or None")
         "epochs: 'three' (str) is not allowed; give a whole number >= 1 or None"
     """
-    text = repr(value)
-    shown = text if len(text) <= 80 else f"{text[:77]}..."
     kind = "None" if value is None else type(value).__name__
-    return f"{key}: {shown}{'' if value is None else f' ({kind})'} is not allowed; give {allowed}"
+    return f"{key}: {shown(value)}{'' if value is None else f' ({kind})'} is not allowed; give {allowed}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: on one line, and not longer than most."""
+    text = " ".join(repr(value.dict() if isinstance(value, Mapping) and hasattr(value, "dict") else value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

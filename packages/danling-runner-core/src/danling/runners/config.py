@@ -8,6 +8,7 @@ unknown arguments with a warning at most, and ignores the file a command line na
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -18,7 +19,7 @@ from chanfig import Config, Variable
 from chanfig.utils import Null
 
 from .aliases import RENAMED, SYNONYMS, canonical, conflict, place, translate, warn_renamed
-from .commandline import CommandLine, Row, check_value, help_text, problem, split_arguments
+from .commandline import CommandLine, Row, check_value, help_text, problem, shown, split_arguments
 from .configfile import dump_yaml, parse_yaml, plain, read_mapping
 from .contradictions import contradictions
 from .declared import class_defaults, converter_of, default_of, held, hints_of, is_required, joined, to_number
@@ -39,8 +40,13 @@ from .keys import (
 from .kinds import annotation_name, split_kind
 
 
-def _made_by_a_read() -> Config:
-    """Return the section that reading a missing name creates; it disappears again if nothing is put into it."""
+def _made_by_a_read(*args: Any, **kwargs: Any) -> Config:
+    """Return the section that reading a missing name creates; it disappears again if nothing is put into it.
+
+    chanfig calls the same factory with a mapping, to make a section of it.
+    """
+    if args or kwargs:
+        return _tree(dict(*args, **kwargs))
     section = Config(default_factory=_made_by_a_read)
     section.setattr("made_by_a_read", True)
     return section
@@ -66,10 +72,15 @@ def _tree(mapping: Mapping[Any, Any]) -> Config:
 
 
 class _Meta(type(Config)):  # type: ignore[misc]
-    """Makes instances without chanfig's check at construction: a configuration is complete once it is parsed."""
+    """Makes instances whose arguments win over what a subclass sets in `__init__`.
+
+    chanfig's own check at construction is left out: a configuration is complete once it is parsed.
+    """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         instance = type.__call__(cls, *args, **kwargs)
+        for name, value in instance.__dict__.pop("_given", ()):
+            instance._put(name, value)
         instance.__post_init__()
         return instance
 
@@ -115,27 +126,29 @@ class RunnerConfig(Config, metaclass=_Meta):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > 1:
             raise TypeError(f"{type(self).__name__} takes one mapping or path, got {len(args)} positional arguments")
-        self.__dict__["_conflicts"] = []
         super().__init__(default_factory=_made_by_a_read)
+        self.__dict__["_conflicts"] = []
+        self.__dict__["_given"] = []
         for layer in (*args, kwargs):
             if layer:
-                self._take(layer, stacklevel=3)
-        defaults, _ = translate(class_defaults(type(self)), stacklevel=3)
+                self.__dict__["_given"] += self._take(layer).items()
+        defaults, _ = translate(class_defaults(type(self)))
         self._fill(deepcopy(defaults))
         self._fill({name: deepcopy(key.default) for name, key in KEYS.items() if _present(name)})
 
     # -- storage: synonyms and older names reach the one key they stand for
 
-    def _take(self, layer: Any, stacklevel: int) -> None:
-        """Merge what somebody gave over what is there; contradictions wait for `validate`."""
+    def _take(self, layer: Any) -> dict[Any, Any]:
+        """Merge what somebody gave over what is there, and return it; contradictions wait for `validate`."""
         if isinstance(layer, (str, PathLike)):
             layer = read_mapping(layer)
         if not isinstance(layer, Mapping):
             layer = vars(layer) if hasattr(layer, "__dict__") else dict(layer)
-        translated, problems = translate(layer, stacklevel=stacklevel + 1)
+        translated, problems = translate(layer)
         self.__dict__.setdefault("_conflicts", []).extend((line, None, None) for line in problems)
         for name, value in translated.items():
             self._put(name, value)
+        return translated
 
     def _put(self, name: Any, value: Any) -> None:
         current = self.get(name, None) if name in self else None
@@ -158,7 +171,7 @@ class RunnerConfig(Config, metaclass=_Meta):
         """Merge mappings (or a file) into this configuration, nested and dotted names alike."""
         for layer in (*args, kwargs):
             if layer and overwrite:
-                self._take(layer, stacklevel=2)
+                self._take(layer)
             elif layer:
                 self._fill(translate(layer)[0])
         return self
@@ -174,7 +187,7 @@ class RunnerConfig(Config, metaclass=_Meta):
             ConfigError: when a plain value stands where a section would have to be.
         """
         if name in RENAMED:
-            warn_renamed(name, stacklevel=2)
+            warn_renamed(name)
             new = RENAMED[name]
             current = self.get(new, None) if new in self else None
             if new in self and current != value and current != default_of(type(self), new):
@@ -204,6 +217,13 @@ class RunnerConfig(Config, metaclass=_Meta):
             raise ConfigError(f"cannot set {name!r}: {place_in!r} stands where a section would have to be")
         place_in.set(parts[-1], value, convert_mapping=False)
 
+    def __missing__(self, name: Any, default: Any = Null) -> Any:
+        factory = self.getattr("default_factory", None)
+        if default is not Null or not factory or isinstance(name, str) and name.startswith("__"):
+            return super().__missing__(name, default)
+        self.set(name, factory())
+        return dict.__getitem__(self, canonical(name))
+
     def delete(self, name: Any) -> None:
         """Delete a dotted name."""
         super().delete(canonical(name))
@@ -218,10 +238,13 @@ class RunnerConfig(Config, metaclass=_Meta):
     # -- from construction to a configuration that can be used
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
+    def of(cls, config: Mapping[str, Any]) -> RunnerConfig:
         """Return a validated copy of a configuration or mapping; the original is not touched."""
-        copied = config.deepcopy() if isinstance(config, RunnerConfig) else cls(deepcopy(dict(config)))
-        copied.defrost()
+        if isinstance(config, RunnerConfig):
+            with config.unlocked():  # chanfig cannot copy a frozen config
+                copied = config.deepcopy()
+        else:
+            copied = cls(deepcopy(dict(config)))
         copied.validate()
         copied._seal()
         return copied
@@ -243,7 +266,7 @@ class RunnerConfig(Config, metaclass=_Meta):
             raise SystemExit(0)
         try:
             for file in line.files:
-                self._take(read_mapping(file), stacklevel=2)
+                self._take(read_mapping(file))
             problems = line.problems + self._apply(line)
             if problems:
                 raise ConfigError(joined(problems))
@@ -279,7 +302,7 @@ class RunnerConfig(Config, metaclass=_Meta):
         nested: dict[str, Any] = {}
         for key, value in layer.items():
             place(nested, key, value) if key in RENAMED else nested.__setitem__(key, value)
-        translated, clashes = translate(nested, stacklevel=4)
+        translated, clashes = translate(nested)
         for key, value in translated.items():
             try:
                 self.set(key, value)
@@ -289,7 +312,7 @@ class RunnerConfig(Config, metaclass=_Meta):
 
     def _knows(self, key: str) -> bool:
         head = canonical(RENAMED.get(key, key)).split(".")[0]
-        return head in TOP_LEVEL or head in self or head in hints_of(type(self)) or "." in key
+        return head in TOP_LEVEL or head in self or head in hints_of(type(self))
 
     def _annotation(self, key: str) -> Any:
         section: Any = self
@@ -351,18 +374,16 @@ class RunnerConfig(Config, metaclass=_Meta):
         problems: list[str] = []
         hints = hints_of(type(self))
         for name, value in list(self.items()):
-            if name in ENVIRONMENT and name not in hints:
-                source = f"it is read from the environment variable {name.upper()}"
-                problems.append(f"{name}: {value!r} is not a configuration key; {source}")
-            elif name in SECTIONS:
+            if name in SECTIONS:
                 problems += self._check_section(name, value)
             elif name in KEYS:
                 problems += _convert_in(self, name, name, KEYS[name].convert)
             elif name in hints:
                 problems += _convert_in(self, name, name, converter_of(hints[name]))
-                if isinstance(dict.get(self, name), Config):
-                    problems += _check_user(name, dict.get(self, name))
-            elif isinstance(value, Mapping):
+                section = dict.get(self, name)
+                if isinstance(section, Config):
+                    problems += _check_user(name, section)
+            elif isinstance(value, Mapping) and name not in ENVIRONMENT:
                 near = next(
                     (
                         key
@@ -412,14 +433,16 @@ class RunnerConfig(Config, metaclass=_Meta):
                 problems += self._check_section(full, item)
             else:
                 leaves = [k for k in KEYS if k.startswith(f"{path.split('.')[0]}.")]
-                problems.append(f"{full}: unknown key (value {item!r}); did you mean {nearest(full, leaves)!r}?")
+                problems.append(f"{full}: unknown key (value {shown(item)}); did you mean {nearest(full, leaves)!r}?")
         return problems
 
     def _unknown(self, name: str, value: Any) -> str:
+        if name in ENVIRONMENT:
+            return f"{name}: {shown(value)} is no configuration key; the environment variable {name.upper()} says it"
         names = KEYS.keys() | TOP_LEVEL | hints_of(type(self)).keys() | {key for key in self if key != name}
         return (
-            f"{name}: unknown key (value {value!r}); did you mean {nearest(name, names)!r}? A key of your own goes into "
-            f"a section of your own (model.{name}), or is annotated on a subclass of RunnerConfig "
+            f"{name}: unknown key (value {shown(value)}); did you mean {nearest(name, names)!r}? A key of your own "
+            f"goes into a section of your own (model.{name}), or is annotated on a subclass of RunnerConfig "
             f"({name}: {type(value).__name__})"
         )
 
@@ -471,6 +494,20 @@ class RunnerConfig(Config, metaclass=_Meta):
         if stream is not None:
             stream.write(text)
         return text
+
+    def jsons(self, **kwargs: Any) -> str:  # type: ignore[override]
+        """Return the configuration as JSON; arguments are those of `json.dumps`."""
+        return json.dumps(plain(self.dict()), **{"indent": 2, **kwargs})
+
+    @classmethod
+    def from_jsons(cls, string: str) -> Self:  # type: ignore[override]
+        """Build a configuration from JSON text."""
+        return cls(json.loads(string))
+
+    @classmethod
+    def from_dict(cls, obj: Mapping[str, Any]) -> Self:
+        """Build a configuration from a mapping."""
+        return cls(obj)
 
     @classmethod
     def from_yamls(cls, string: str) -> Self:  # type: ignore[override]

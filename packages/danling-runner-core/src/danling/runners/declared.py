@@ -12,15 +12,23 @@ from .keys import ABSENT, KEYS, TOP_LEVEL
 from .kinds import convert_annotation
 
 
+def _users(cls: type) -> list[type]:
+    """Return the classes of a config that its user wrote, from the base down."""
+    ours = (f"{__package__}.config", "RunnerConfig")
+    return [
+        base
+        for base in reversed(cls.__mro__)
+        if base.__module__.split(".")[0] not in ("chanfig", "builtins") and (base.__module__, base.__qualname__) != ours
+    ]
+
+
 def hints_of(cls: type) -> dict[str, Any]:
     """Return what a user's config classes annotate: public names that are not `ClassVar`s.
 
     Annotations whose names exist for a type checker alone count as `Any`.
     """
     hints: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if base.__module__.split(".")[0] in ("chanfig", "builtins") or base.__module__ == f"{__package__}.config":
-            continue
+    for base in _users(cls):
         own = base.__dict__.get("__annotations__", {})
         try:
             resolved = typing.get_type_hints(base)
@@ -38,9 +46,7 @@ def class_defaults(cls: type) -> dict[str, Any]:
     """Return the defaults that a subclass declares: annotated attributes, and danling keys without annotation too."""
     defaults: dict[str, Any] = {}
     hints = hints_of(cls)
-    for base in reversed(cls.__mro__):
-        if base.__module__ == f"{__package__}.config" or base.__module__.split(".")[0] in ("chanfig", "builtins"):
-            continue
+    for base in _users(cls):
         for name, value in base.__dict__.items():
             is_key = (canonical(name) in TOP_LEVEL or name in RENAMED) and not callable(value)
             if name in hints or is_key and not isinstance(value, (property, classmethod, staticmethod)):

@@ -310,7 +310,7 @@ KEYS: dict[str, Key] = {
             ("persistent_workers", "bool", False, "keep workers between epochs"),
             ("pin_memory", "bool?", None, "page-locked host memory; None: with an accelerator"),
             ("pin_memory_device", "str", "", "device to pin memory for"),
-            ("timeout", "float", 0, "seconds to wait for a batch of the workers; 0 waits", at_least(0)),
+            ("timeout", "float", 0.0, "seconds to wait for a batch of the workers; 0 waits", at_least(0)),
             ("in_order", "bool", True, "yield batches in order; False gives up exact resume"),
             (
                 "multiprocessing_context",
@@ -335,7 +335,7 @@ KEYS: dict[str, Key] = {
             ("static_graph", "bool", False, "as in DistributedDataParallel"),
             ("gradient_as_bucket_view", "bool", True, "as in DistributedDataParallel"),
             ("broadcast_buffers", "bool", True, "as in DistributedDataParallel"),
-            ("bucket_cap_mb", "float", 25, "size of a gradient bucket in MiB", above(0)),
+            ("bucket_cap_mb", "float", 25.0, "size of a gradient bucket in MiB", above(0)),
         ),
         *_section(
             "fsdp.",

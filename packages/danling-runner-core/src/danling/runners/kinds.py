@@ -200,11 +200,11 @@ def convert_annotation(annotation: Any, value: Any) -> Any:
             convert("str?", value) if value is None or value == "" or str(value).lower() in _NONE else _reject("None")
         )
     if origin in (Union, types.UnionType):
+        if type(None) in arguments and (value is None or isinstance(value, str) and value.strip().lower() in _NONE):
+            return None
         for part in arguments:
             if isinstance(part, type) and type(value) is part:
                 return value
-        if type(None) in arguments and (value is None or isinstance(value, str) and value.strip().lower() in _NONE):
-            return None
         for part in arguments:
             if part is not type(None):
                 try:
