@@ -153,6 +153,12 @@ class _FileHandler(logging.FileHandler):
         if error is not None:
             self._problems.add("log file", error)
 
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # what was still buffered did not fit on the disk
+            self._problems.add("log file", error)
+
 
 def _is_terminal(stream: Any) -> bool:
     try:
