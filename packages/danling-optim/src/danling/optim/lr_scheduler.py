@@ -308,23 +308,25 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             >>> LRScheduler.strategies()["polynomial"]
             ('power',)
         """
-        found = {}
-        for kind in reversed(cls.__mro__):
-            if not issubclass(kind, LRScheduler):
-                continue
-            for name, function in vars(kind).items():
-                if name.startswith("_") or name in _NO_STRATEGIES or not inspect.isfunction(function):
-                    continue
-                found[name] = tuple(
-                    parameter.name
-                    for parameter in inspect.signature(function).parameters.values()
-                    if parameter.kind is parameter.KEYWORD_ONLY
-                )
-        return found
+        return {name: cls._options_of(name) for name in cls._strategy_names()}
+
+    @classmethod
+    def _strategy_names(cls) -> list[str]:
+        kinds = [kind for kind in reversed(cls.__mro__) if issubclass(kind, LRScheduler)]
+        return [
+            name
+            for name, function in {name: value for kind in kinds for name, value in vars(kind).items()}.items()
+            if inspect.isfunction(function) and not name.startswith("_") and name not in _NO_STRATEGIES
+        ]
+
+    @classmethod
+    def _options_of(cls, strategy: str) -> tuple[str, ...]:
+        parameters = inspect.signature(getattr(cls, strategy)).parameters.values()
+        return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
     @classmethod
     def _find_strategy(cls, name: Any) -> str:
-        known = {normalize(strategy): strategy for strategy in cls.strategies()}
+        known = {normalize(strategy): strategy for strategy in cls._strategy_names()}
         found = known.get(normalize(name)) if isinstance(name, str) else None
         if found is None:
             offers = ", ".join(nearest(str(name), known.values())[:3])
@@ -337,7 +339,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         if not isinstance(name, str) or normalize(name) not in INTERPOLATIONS:
             raise ValueError(
                 f"method={name!r} is unknown; the interpolations are {nearest(str(name), INTERPOLATIONS)}, "
-                f"the strategies nearest to it {nearest(str(name), self.strategies())[:3]}"
+                f"the strategies nearest to it {nearest(str(name), self._strategy_names())[:3]}"
             )
         found = normalize(name)
         if self.strategy == "exponential" and found == "numerical":
@@ -350,7 +352,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
     def _read_names(cls, strategy: str, method: str | None, scaling: str | None) -> tuple[str, str | None]:
         """Sort the three names into strategy and method; `method` may name either."""
         given = None if isinstance(strategy, _Unset) else strategy
-        if isinstance(method, str) and normalize(method) in map(normalize, cls.strategies()):
+        if isinstance(method, str) and normalize(method) in map(normalize, cls._strategy_names()):
             if given is not None and normalize(given) != normalize(method):
                 raise ValueError(f"strategy={given!r} and method={method!r} name two different curves: keep one")
             given, method = method, None
@@ -361,7 +363,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         return str(_COSINE) if given is None else given, method
 
     def _check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        accepted = self.strategies()[self.strategy]
+        accepted = self._options_of(self.strategy)
         for name in options:
             if name not in accepted:
                 offers = ", ".join(nearest(name, (*accepted, *_ARGUMENTS)))
@@ -386,9 +388,11 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         Raises:
             ValueError: `total_steps` is smaller than 1, or than the warm-up and cool-down that were given.
         """
+        drives = self._drives()
         self._set_lengths(total_steps, self._given_warmup, self._given_cooldown)
         self._held = False
-        self._write()
+        if drives:
+            self._write()
 
     def _set_lengths(self, total: Any, warmup: Any, cooldown: Any) -> None:
         total = _whole("total_steps", total)
@@ -436,12 +440,24 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             "cooldown_steps": self._given_cooldown,
             "options": dict(self.options),
             "held": self._held,
+            "drives": self._drives(),
         }
+
+    def _drives(self) -> bool:
+        """Return whether the optimizer has the rates written here, and not those of another part of a sequence."""
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=False):
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                rate = torch.tensor(rate, dtype=lr.dtype).item()
+            if float(lr) != rate:
+                return False
+        return True
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned and write the rates into the optimizer.
 
-        The optimizer's own state may be loaded before or after.
+        The optimizer's own state may be loaded before or after. If the optimizer followed other rates when the state
+        was taken, such as those of another part of a `SequentialLR`, they are left alone.
 
         Raises:
             ValueError: the state is of another kind of scheduler, of other parameter groups, or names a strategy that
@@ -454,21 +470,27 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         base_lrs = [float(base) for base in state_dict["base_lrs"]]
         if len(base_lrs) != len(groups):
             raise ValueError(f"the state has {len(base_lrs)} parameter groups, but the optimizer has {len(groups)}")
-        strategy = self._find_strategy(state_dict["strategy"])
-        self._set_lengths(state_dict["total_steps"], state_dict["warmup_steps"], state_dict["cooldown_steps"])
-        self.strategy = strategy
-        self.final_lr_ratio, self.final_lr = state_dict["final_lr_ratio"], state_dict["final_lr"]
-        self.min_lr, self.method = state_dict["min_lr"], state_dict["method"]
-        self.options = self._check_options(state_dict["options"])
-        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
-        self._held = state_dict["held"]
+        before = dict(self.__dict__)
+        try:
+            self.strategy = self._find_strategy(state_dict["strategy"])
+            self.options = self._check_options(state_dict["options"])
+            self._set_lengths(state_dict["total_steps"], state_dict["warmup_steps"], state_dict["cooldown_steps"])
+        except (TypeError, ValueError):
+            self.__dict__.update(before)
+            raise
+        for name in ("final_lr_ratio", "final_lr", "min_lr", "method", "last_epoch"):
+            setattr(self, name, state_dict[name])
+        self._step_count, self._held = state_dict["step_count"], state_dict["held"]
         self.base_lrs = base_lrs
         for group, base in zip(groups, base_lrs, strict=True):
             if isinstance(group.get("initial_lr"), Tensor):
                 group["initial_lr"].fill_(base)
             else:
                 group["initial_lr"] = base
-        self._write()
+        if state_dict["drives"]:
+            self._write()
+        else:
+            self._last_lr = self.get_lr()
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the rates of all groups over steps 1 to `total_steps`.
