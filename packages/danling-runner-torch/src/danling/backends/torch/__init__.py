@@ -1,3 +1,12 @@
-"""danling.backends.torch: see the package README."""
+"""`TorchRunner`: danling's runner on one process or on DistributedDataParallel."""
 
-__all__: list[str] = []
+from __future__ import annotations
+
+from .runner import TorchRunner
+
+__all__ = ["TorchRunner"]
+
+
+def usable() -> tuple[bool, str]:
+    """Whether this stack works here, and why."""
+    return True, "torch is installed"

@@ -1,0 +1,812 @@
+"""`BaseRunner`: the life of a run, told through small services; an engine below it supplies devices, steps and state."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .atomic import read_yaml
+from .configfile import plain
+from .console import Console
+from .coordinator import Coordinator
+from .crash import crash_point
+from .discovery import check_engine
+from .events import Events
+from .heartbeat import Heartbeat
+from .loop import Loop
+from .persistence import Persistence
+from .problems import Problems
+from .results import Results
+from .splits import Splits
+from .state import RunnerMode, RunnerState
+from .store import CheckpointStore
+from .summary import Summary
+from .supervisor import Stop, Supervisor
+from .trackers import MetricsFile, Trackers
+from .views import IdentityViews, ResultViews, StateViews, describe_start
+from .workspace import Workspace
+
+VALIDATION_ONLY = ("infer", "predict")
+
+
+class RunnerMeta(type):
+    """Builds a runner in two steps, so that `__post_init__` sees what the user's `__init__` assigned."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        runner = cls.__new__(cls, *args, **kwargs)
+        try:
+            type(runner).__init__(runner, *args, **kwargs)
+            runner.__post_init__()
+        except BaseException as error:
+            runner._abandon(error)
+            raise
+        return runner
+
+
+class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=RunnerMeta):
+    """What every runner has, whichever engine carries it.
+
+    A user assigns `model`, `criterion`, `datasets` (or `dataloaders`) and `metrics` in `__init__`, after `super().__init__(config)`.
+    Everything else has a default and a hook: a method to override, or to replace by assignment.
+
+    Args:
+        config: a `RunnerConfig` or a mapping; it is copied and validated.
+
+    Attributes:
+        stack: name of the engine, None where the configuration chooses it.
+        guarantees: numbers of the documented guarantees that the engine claims.
+        axes: parallel axes that the engine understands.
+    """
+
+    stack: ClassVar[str | None] = None
+    guarantees: ClassVar[frozenset[int]] = frozenset()
+    axes: ClassVar[frozenset[str]] = frozenset()
+    stack_reason: str = "the class is fixed to it"
+
+    # Construction
+
+    def __init__(self, config: Any = None) -> None:
+        from .config import RunnerConfig
+
+        self._closers: list[tuple[str, Callable[[], Any]]] = []
+        self._closed = False
+        self._training = False
+        self._mode = RunnerMode.TRAIN
+        self._started_at = time.monotonic()
+        self.config = RunnerConfig.of({} if config is None else config)
+        check_engine(type(self), self.config)
+        self.check_config()
+        self.state = RunnerState()
+        self.split: str | None = None
+        self.model: Any = None
+        self.ema: Any = None
+        self.criterion: Any = None
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        self.ft: Any = None
+        self.metrics: Any = None
+        self.train_metrics: Any = None
+        self.evaluate_metrics: Any = None
+        self.datasets = Splits()
+        self.datasamplers = Splits()
+        self.dataloaders = Splits()
+        self.resumed_from: Any = None
+        self.problems = Problems()
+        self.supervisor = Supervisor(problems=self.problems)
+        self.events = Events()
+        self.workspace = Workspace.from_config(self.config, source=type(self))
+        self.console = Console(self.config_id, rank=self.rank, progress=self.config.progress, problems=self.problems)
+        self._closing("console", self.console.close)
+        self.problems.logger = self.supervisor.logger = self.logger
+        self._claim_directory()
+        self.coordinator = Coordinator()
+        self.init_distributed()
+        self.state.elastic.world_size = self.world_size
+        self.summary = Summary(
+            self.dir / "summary.json",
+            timestamp=self.timestamp,
+            about={"name": self.name, "id": self.id, "config_id": self.config_id, "stack": self.stack},
+            problems=self.problems,
+        )
+        self.init_checkpoint_manager()
+        self.init_fault_tolerance()
+        self.init_garbage_collection()
+        self.set_seed()
+        if self.config.deterministic:
+            self.set_deterministic()
+        self._init_logging()
+        self.init_signal_handlers()
+        self.init_heartbeat()
+        self.results = Results(
+            "step" if self.is_step_mode else "epoch",
+            score_split=self.config.score_split,
+            score_name=self.config.score_name,
+            score_mode=self.config.score_mode,
+            patience=self.config.patience,
+        )
+
+    def __post_init__(self) -> None:
+        """Build what the user's `__init__` described: loaders, model, optimizer, scheduler, engine; then restore."""
+        self.datasets, self.datasamplers, self.dataloaders = map(
+            _as_splits, (self.datasets, self.datasamplers, self.dataloaders)
+        )
+        self.build_dataloaders()
+        self.setup_fp8()
+        self.materialize_model()
+        self.build_optimizer()
+        self.build_scheduler()
+        self.init_engine()
+        self.results.fix_score_split(self.evaluate_splits or self.train_splits)
+        self.auto_restore()
+        self._write_run_files()
+
+    def check_config(self) -> None:
+        """Refuse, before anything is built, what this engine cannot honour.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+
+    def _claim_directory(self) -> None:
+        """Hold the run directory; set an earlier run aside unless this one continues it."""
+        if not self.is_main_process:
+            return
+        self.workspace.lock()
+        self._closing("lock", self.workspace.release)
+        config = self.config
+        trains = config.steps is not None or config.epochs is not None
+        continues = config.auto_resume or config.checkpoint.load_only or self._lies_inside(config.resume)
+        if trains and not continues and self.workspace.has_checkpoints():
+            aside = self.workspace.set_aside()
+            self.logger.info("an earlier run was set aside: %s (auto_resume continues a run instead)", aside)
+
+    def _lies_inside(self, source: Any) -> bool:
+        return bool(source) and Path(source).resolve().is_relative_to(self.dir.resolve())
+
+    def _init_logging(self) -> None:
+        attempt, main = self.summary.attempt, self.is_main_process
+        file = MetricsFile(self.dir / "metrics.jsonl", attempt=attempt, problems=self.problems) if main else None
+        self.trackers = Trackers(file, problems=self.problems)
+        self._closing("trackers", self.trackers.close)
+        if main and self.config.log:
+            self.console.log_to(self.log_file)
+        if self.config.tensorboard:
+            self.init_tensorboard()
+        if self.config.wandb.enabled:
+            self.init_wandb()
+
+    def _write_run_files(self) -> None:
+        if self.is_main_process:
+            self.workspace.write_config(plain(self.config), stack=self.stack, seed=self.rng_state.seed)
+            for name, error in self.workspace.write_metadata(
+                plain(self.config), self.config.identity(), {"world_size": self.world_size, **self.describe_environment()}
+            ):
+                self.problems.add(f"metadata {name}", error)
+            self._write_summary("running")
+
+    # Services of construction, each a hook
+
+    def init_distributed(self) -> None:
+        """Join the other processes; nothing to do for one."""
+        self.state.rng.seed = self.choose_seed()
+
+    def choose_seed(self) -> int:
+        """The configured seed; without one that of the run being resumed, else one that is drawn."""
+        config = self.config
+        if config.seed is not None:
+            return config.seed
+        for source in (config.resume, self.dir if config.auto_resume else None):
+            if source and (Path(source) / "runner.yaml").exists():
+                return int(read_yaml(Path(source) / "runner.yaml")["seed"])
+        return random.SystemRandom().randrange(2**31)
+
+    def init_checkpoint_manager(self) -> None:
+        """Bind the checkpoint store."""
+        checkpoint = self.config.checkpoint
+        mode = checkpoint.async_mode or ("async" if checkpoint.async_enabled else "disabled")
+        self.set_checkpoint_manager(
+            CheckpointStore(
+                self.checkpoint_dir,
+                coordinator=self.coordinator,
+                keep_latest_k=checkpoint.keep_latest_k,
+                asynchronous=mode != "disabled",
+                load_only=checkpoint.load_only,
+                on_commit=self._on_commit,
+                on_error=self._on_save_error,
+                problem=self.problems.add,
+                logger=self.logger,
+            )
+        )
+        self._store.repair()
+
+    def set_checkpoint_manager(self, store: CheckpointStore) -> None:
+        """Use another store; the one before is closed."""
+        if (old := self.__dict__.get("_store")) is not None:
+            old.close()
+        self._store = store
+
+    @property
+    def checkpoint_manager(self) -> CheckpointStore:
+        """The checkpoint store; replaced through `set_checkpoint_manager`."""
+        return self._store
+
+    def init_fault_tolerance(self) -> None:
+        """Leave `ft` None; engines with replica groups bind their manager here."""
+
+    def init_garbage_collection(self) -> None:
+        """Take over garbage collection when `gc.interval` is set."""
+        options = self.config.gc
+        if options.interval:
+            self.supervisor.take_over_gc(options.interval, options.generation, options.disable_automatic)
+
+    def init_tensorboard(self) -> None:
+        """Open TensorBoard on the main process."""
+        from .trackers.tensorboard import TensorBoardTracker
+
+        if self.is_main_process:
+            self.trackers.add(TensorBoardTracker(self.dir / "tensorboard"))
+
+    def init_wandb(self) -> None:
+        """Open Weights & Biases on the main process."""
+        from .trackers.wandb import WandbTracker
+
+        if self.is_main_process:
+            self.trackers.add(WandbTracker(self.config, name=self.name, directory=self.dir))
+
+    def init_signal_handlers(self) -> None:
+        """SIGTERM, SIGINT and SIGUSR1 set flags from here to the close."""
+        self.supervisor.install_signal_handlers()
+        self._closing("supervisor", self.supervisor.close)
+
+    def init_heartbeat(self) -> None:
+        """Start the heartbeat when it is enabled."""
+        options = self.config.heartbeat
+        self.heartbeat: Heartbeat | None = None
+        if options.enabled:
+            self.heartbeat = Heartbeat(
+                self.dir / options.dir_name,
+                self._beat,
+                rank=self.rank,
+                world_size=self.world_size,
+                interval=options.interval_seconds,
+                restarts=self.elastic_state.restart_count,
+                problems=self.problems,
+            )
+            self.heartbeat.start()
+
+    def _beat(self) -> dict[str, Any]:
+        state = self.train_state
+        counters = {"global_step": state.global_step, "micro_step": state.micro_step, "epoch": state.epoch}
+        return {
+            "mode": str(self._mode),
+            "split": self.split,
+            "counters": counters,
+            "failed_saves": self._store.health.get("failures", 0),
+        }
+
+    def set_seed(self, seed: int | None = None, bias: int | bool | None = None) -> int:
+        """Seed the random number generators of this process.
+
+        Args:
+            seed: None takes the configuration's.
+            bias: added to the seed; None is the rank, False is nothing.
+
+        Returns:
+            The seed used, bias included.
+        """
+        if seed is None:
+            seed = self.state.rng.seed
+        assert seed is not None
+        offset = self.rank if bias is None else int(bias)
+        self.state.rng.seed, self.state.rng.bias = seed, offset
+        random.seed(seed + offset)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed((seed + offset) % 2**32)
+        return seed + offset
+
+    def set_deterministic(self) -> None:
+        """Ask the engine for deterministic algorithms; undone at close."""
+
+    # The engine's surface: one process, no tensors. Backends override these.
+
+    @property
+    def device(self) -> Any:
+        """Where the model is."""
+        return None
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return 1
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return 0
+
+    @property
+    def local_rank(self) -> int:
+        """Number of this process on its machine."""
+        return 0
+
+    @property
+    def data_degree(self) -> int:
+        """Ranks that read different data."""
+        return self.world_size
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank among those that read different data."""
+        return self.rank
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there is more than one process."""
+        return self.world_size > 1
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return self.local_rank == 0
+
+    def describe_devices(self) -> str:
+        """Devices and world, for the start summary."""
+        return f"{self.device} × {self.world_size}"
+
+    def describe_environment(self) -> dict[str, Any]:
+        """What `metadata` should say about devices and hosts."""
+        return {}
+
+    def broadcast_object(self, obj: Any) -> Any:
+        """Return rank 0's object on every rank."""
+        return self.coordinator.broadcast_object(obj)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.coordinator.barrier()
+
+    def build_dataloaders(self) -> None:
+        """Build a loader for every split in `datasets` that has none."""
+
+    def setup_fp8(self) -> None:
+        """Prepare 8-bit training when asked for."""
+
+    def materialize_model(self) -> None:
+        """Bring the model to its device in its final form."""
+
+    def build_optimizer(self) -> None:
+        """Build the optimizer from the configuration unless one is bound."""
+
+    def build_scheduler(self) -> None:
+        """Build the scheduler from the configuration unless one is bound."""
+
+    def init_engine(self) -> None:
+        """For engines that wrap model and optimizer together."""
+
+    def open_pass(self, split: str) -> Any:
+        """A context that yields windows of a train split from its position on."""
+        raise NotImplementedError(f"{type(self).__name__} has no engine: subclass danling.runners.Runner")
+
+    def pass_length(self, split: str) -> int | None:
+        """Micro-batches of one pass over a train split on this rank; None when unknown."""
+        loader = self.dataloaders.get(split)
+        try:
+            return len(loader) if loader is not None else None
+        except TypeError:
+            return None
+
+    def split_size(self, split: str) -> int | None:
+        """Samples in a split, None when unknown."""
+        for source in (self.datasets, self.dataloaders):
+            if split in source:
+                try:
+                    return len(source[split])
+                except TypeError:
+                    return None
+        return None
+
+    def train_step(self, data: Any) -> tuple[Any, Any]:
+        """Train on one micro-batch; return the prediction and the loss."""
+        raise NotImplementedError
+
+    def evaluate_epoch(self, split: str) -> dict[str, Any]:
+        """Evaluate one split; return its metrics."""
+        raise NotImplementedError
+
+    def read_training(self, split: str, *, reset: bool) -> dict[str, Any]:
+        """Metrics of the training since the last reset, over all ranks."""
+        raise NotImplementedError
+
+    def log_training(self) -> None:
+        """Report a log point."""
+        raise NotImplementedError
+
+    def step_schedulers(self, *, epoch_ended: bool, evaluated: Mapping[str, Any] | None) -> None:
+        """Move schedulers that follow epochs or evaluations."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether a stop or a save is asked for that the boundary in hand has to serve."""
+        return self.supervisor.pending
+
+    def requests(self) -> tuple[bool, bool]:
+        """Whether all ranks agree on a stop, and on a save."""
+        supervisor = self.supervisor
+        return supervisor.stop is not Stop.NONE, supervisor.save_requested
+
+    # Splits
+
+    @property
+    def _split_names(self) -> list[str]:
+        return list(dict.fromkeys([*self.datasets, *self.dataloaders]))
+
+    @property
+    def train_splits(self) -> list[str]:
+        """Splits of an epoch, in order."""
+        if self.config.train_splits is not None:
+            return list(self.config.train_splits)
+        names = self._split_names
+        marked = [name for name in names if getattr(self.datasets.get(name), "train", None) is True]
+        marked = marked or [name for name in names if getattr(self.datasets.get(name), "split", None) == "train"]
+        return marked or [name for name in names if name == "train"]
+
+    @property
+    def evaluate_splits(self) -> list[str]:
+        """Splits of an evaluation, in order."""
+        if self.config.evaluate_splits is not None:
+            return list(self.config.evaluate_splits)
+        train = self.train_splits
+        return [name for name in self._split_names if name not in train and not name.startswith(VALIDATION_ONLY)]
+
+    # Mode and events
+
+    @property
+    def mode(self) -> RunnerMode:
+        """What the runner is doing."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: RunnerMode | str) -> None:
+        self._mode = mode = RunnerMode(mode)
+        for module in (self.model, self.ema):
+            if hasattr(module, "train"):
+                module.train(mode is RunnerMode.TRAIN)
+
+    @property
+    def logger(self) -> Any:
+        """The logger of the run."""
+        return self.console.logger
+
+    @property
+    def writer(self) -> Any:
+        """TensorBoard's writer, None without one."""
+        return next((tracker.writer for tracker in self.trackers if tracker.name == "tensorboard"), None)
+
+    @property
+    def callbacks(self) -> Any:
+        """Objects with `on_<event>(runner, event)`, in the order in which they are called."""
+        return self.events.callbacks
+
+    def on(self, name: str, listener: Any = None) -> Any:
+        """Call `listener(runner, event)` at an event; without a listener, a decorator."""
+        return self.events.on(name, listener)
+
+    def emit(self, name: str, **payload: Any) -> None:
+        """Tell the listeners of an event."""
+        if self.events[name]:
+            state = self.train_state
+            split = payload.pop("split", self.split)
+            self.events.emit(name, self, global_step=state.global_step, epoch=state.epoch, split=split, **payload)
+
+    def request_stop(self, reason: str = "requested") -> None:
+        """Stop all ranks at the next boundary, after a save."""
+        self.supervisor.request_stop(reason)
+
+    def request_save(self) -> None:
+        """Save at the next boundary and go on."""
+        self.supervisor.request_save()
+
+    def stop_request(self) -> dict[str, Any]:
+        """Why the run stops: payload of the `stop` event."""
+        supervisor = self.supervisor
+        signal = supervisor.stop.name if supervisor.stop > Stop.REQUEST else None
+        return {"reason": supervisor.stop_reason, "signal": signal}
+
+    # Training
+
+    def train(self, train_splits: Sequence[str] | None = None, evaluate_splits: Sequence[str] | None = None) -> Results:
+        """Train to the end of the budget; return all results.
+
+        Args:
+            train_splits: instead of the configured ones.
+            evaluate_splits: instead of the configured ones.
+
+        Raises:
+            ValueError: without a budget, or without a train split.
+            SystemExit, KeyboardInterrupt: after a signal, when everything is saved and closed.
+        """
+        train_splits = list(self.train_splits if train_splits is None else train_splits)
+        evaluate_splits = list(self.evaluate_splits if evaluate_splits is None else evaluate_splits)
+        with self._ending():
+            self._check_trainable(train_splits, evaluate_splits)
+            self._loop = Loop(self, train_splits, evaluate_splits)
+            if self._loop.complete and self.train_state.phase != "evaluate":
+                self.logger.info("nothing to train: the budget is used up (%s)", self._where())
+                self._outcome = ("finished", "budget already used")
+                return self.results
+            self._announce()
+            self._training = True
+            try:
+                self.train_steps() if self.is_step_mode else self.train_epochs()
+            finally:
+                self._training = False
+                self.console.bar.close(self.global_step, self.epoch)
+            self._outcome = self._judge(self._loop.ending)
+            self.emit("end")
+        error = self.supervisor.exit_error() if self._loop.ending == "stop" else None
+        if error is not None:
+            self.close()
+            raise error
+        if self._loop.ending == "stop":
+            self.supervisor.clear_stop()
+        self._report_end()
+        return self.results
+
+    def train_epochs(self) -> None:
+        """Train to the end of a budget in epochs."""
+        self._loop.run()
+
+    def train_steps(self) -> None:
+        """Train to the end of a budget in updates."""
+        self._loop.run()
+
+    def train_epoch(self, split: str = "train") -> dict[str, Any]:
+        """Train one pass over a split; return its metrics. By itself it evaluates and saves nothing."""
+        loop = self._loop if self._training else Loop(self, [split], [], triggers=False)
+        return loop.run_pass(split)
+
+    def _check_trainable(self, train_splits: Sequence[str], evaluate_splits: Sequence[str]) -> None:
+        if self._closed:
+            raise RuntimeError("this runner is closed")
+        if self.config.steps is None and self.config.epochs is None:
+            raise ValueError("there is no budget: set `epochs` or `steps`")
+        known = self._split_names
+        if not train_splits:
+            raise ValueError(
+                f"there is no train split among {known or 'no data sets at all'}: name one `train`, or set `train_splits`"
+            )
+        for split in [*train_splits, *evaluate_splits]:
+            if split not in known:
+                raise ValueError(f"there is no split {split!r}; there are: {', '.join(known) or 'none'}")
+
+    def _announce(self) -> None:
+        resumed = self.resumed_from is not None
+        self.trackers.start("resume" if resumed else "start", global_step=self.global_step, epoch=self.epoch)
+        if self.is_main_process:
+            self.console.block(f"run {self.name}-{self.config_id}", describe_start(self))
+        self.emit("resume" if resumed else "start", path=self.resumed_from)
+        self.console.start_progress(
+            total=self.steps, completed=self.global_step, epochs=None if self.is_step_mode else self.epochs
+        )
+
+    def settle_row(self, row: Mapping[str, Any], *, index: int, scored: bool) -> bool:
+        """Append a result row, show and store it; return whether it is a new best.
+
+        Args:
+            row: `{split: {metric: value}}`.
+            index: epochs or updates.
+            scored: whether an evaluation is part of it, which counts against `patience`.
+        """
+        best = self.best_result
+        self.append_result(row, index)
+        improved = scored and self.latest_score is not None and self.is_best
+        if improved:
+            self._best_at = self.global_step, self.micro_step
+        if scored:
+            self.results.count_evaluation()
+        for split, values in row.items():
+            event = "epoch" if split in self.train_splits else "evaluate"
+            self.trackers.log(split, values, global_step=self.global_step, epoch=self.epoch, event=event)
+        if self.is_main_process and row:
+            mark = (self.score_split, self.score_name) if improved else None
+            self.console.evaluation(self._where(), row, best, mark=mark)
+            self.save_result()
+        return improved
+
+    def _where(self) -> str:
+        if self.is_step_mode:
+            return f"step {self.global_step}/{self.steps}"
+        return f"epoch {self.epoch}/{self.epochs}, step {self.global_step}"
+
+    @property
+    def patience_exhausted(self) -> bool:
+        """Whether `patience` evaluations in a row brought no new best."""
+        return self.results.exhausted
+
+    def append_result(self, row: Mapping[str, Any], index: int | None = None) -> None:
+        """Add a row to the history, or merge it into the one with the same index.
+
+        Args:
+            row: `{split: {metric: value}}`.
+            index: None is the current epoch or step.
+        """
+        if index is None:
+            index = self.global_step if self.is_step_mode else self.epoch
+        self.results.append(row, index)
+
+    def evaluate(self, splits: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Evaluate splits with the EMA weights, or the model's; return the metrics by split. Training state does not move."""
+        names = list(self.evaluate_splits if splits is None else splits)
+        for split in names:
+            if split not in self._split_names:
+                raise ValueError(f"there is no split {split!r}; there are: {', '.join(self._split_names) or 'none'}")
+        mode, current = self._mode, self.split
+        metrics = {}
+        try:
+            for split in names:
+                self.split, self.mode = split, RunnerMode.EVALUATE
+                self.emit("evaluate_start")
+                metrics[split] = self.evaluate_epoch(split)
+                self.emit("evaluate_end", metrics=metrics[split])
+        finally:
+            self.split, self.mode = current, mode
+        if not self._training and self.is_main_process:
+            self.console.evaluation("evaluation", metrics, self.best_result)
+        return metrics
+
+    # Ends
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Whatever ends training is told to the listeners and stands in `summary.json`."""
+        self._outcome: tuple[str, str | None] = ("finished", None)
+        try:
+            yield
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            self._outcome = ("interrupted" if interrupted else "failed", None)
+            self._error = error
+            try:
+                self.emit("exception", error=error)
+                self.emit("end", error=error)
+            finally:
+                self.close()
+            raise
+
+    def _judge(self, ending: str | None) -> tuple[str, str | None]:
+        if ending != "stop":
+            return "finished", ending
+        supervisor = self.supervisor
+        return ("interrupted" if supervisor.stop > Stop.REQUEST else "stopped"), supervisor.stop_reason
+
+    def _abandon(self, error: BaseException) -> None:
+        """Close what a failed construction has opened."""
+        if "_closers" in self.__dict__:
+            self._outcome = ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", None)
+            self._error = error
+            self.close()
+
+    def _report_end(self) -> None:
+        drained = self._store.drain(self.config.checkpoint.wait_timeout)
+        status, reason = self._outcome
+        self._write_summary(status)
+        if not self.is_main_process:
+            return
+        newest = self._store.newest() if drained else None
+        best = self.best_result
+        self.console.block(
+            f"{status}{f' ({reason})' if reason else ''}",
+            {
+                "duration": _duration(time.monotonic() - self._started_at),
+                "updates": f"{self.global_step} in {self.epoch} epochs",
+                "best": best and f"{self.score_split}/{self.score_name} {self.best_score:.6g} at "
+                f"{self.results.unit} {best['index']}",
+                "checkpoint": newest and str(newest),
+                "results": str(self.dir / "results.json"),
+                "metrics": str(self.dir / "metrics.jsonl"),
+                "log": str(self.log_file) if self.config.log else None,
+                "problems": len(self.problems) or None,
+                "directory": str(self.dir),
+            },
+        )
+
+    def _write_summary(self, status: str) -> None:
+        if not self.is_main_process or "summary" not in self.__dict__:
+            return
+        _, reason = getattr(self, "_outcome", (status, None))
+        error = self.__dict__.get("_error")
+        state = self.train_state
+        store = self.__dict__.get("_store")
+        results = self.__dict__.get("results")
+        codes = {"failed": 1, "finished": 0, "stopped": 0}
+        stop = self.supervisor.exit_error()
+        self.summary.write(
+            status,
+            reason=reason,
+            error=error if isinstance(error, Exception) else None,
+            exit_code=stop.code if isinstance(stop, SystemExit) else codes.get(status),  # type: ignore[arg-type]
+            counters={
+                "updates": state.global_step,
+                "micro_steps": state.micro_step,
+                "epochs": state.epoch,
+                "samples": state.samples,
+                "tokens": state.tokens,
+                "skipped": state.skipped,
+            },
+            targets={"epochs": self.config.epochs, "steps": self.config.steps},
+            latest=results.latest_result if results else None,
+            best=results.best_result if results else None,
+            checkpoint=self.last_checkpoint,
+            checkpoint_health=dict(store.health) if store is not None else None,
+        )
+
+    def _closing(self, name: str, close: Callable[[], Any]) -> None:
+        self._closers.append((name, close))
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Finish pending saves and give back everything the run has taken. Idempotent.
+
+        Args:
+            timeout: seconds to wait for pending saves; None takes `checkpoint.wait_timeout`.
+
+        Returns:
+            Whether all saves were finished.
+        """
+        if self._closed:
+            return True
+        self._closed = True
+        drained = True
+        if (store := self.__dict__.get("_store")) is not None:
+            drained = store.drain(self.config.checkpoint.wait_timeout if timeout is None else timeout)
+            store.close()
+        crash_point("close")
+        self.close_loaders()
+        status = getattr(self, "_outcome", ("finished", None))[0]
+        closers = dict(self._closers)
+        if (trackers := closers.pop("trackers", None)) is not None:
+            trackers()
+        if (heartbeat := self.__dict__.get("heartbeat")) is not None:
+            heartbeat.close(status)
+        self._write_summary(status)
+        order = ["supervisor", "deterministic", "console", "lock", "group"]
+        for name in [*(n for n in closers if n not in order), *(n for n in order if n in closers)]:
+            try:
+                closers[name]()
+            except Exception as error:
+                self.problems.add(name, error)
+        return drained
+
+    def close_loaders(self) -> None:
+        """Stop the workers of the loaders."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+
+def _as_splits(mapping: Any) -> Splits:
+    if isinstance(mapping, Splits):
+        return mapping
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"datasets, samplers and loaders are mappings from split to object, got {type(mapping).__name__}")
+    return Splits(mapping)
+
+
+def _duration(seconds: float) -> str:
+    from .console import format_duration
+
+    return format_duration(seconds)
+
+

@@ -1,0 +1,206 @@
+"""Ranks and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from danling.runners.supervisor import Stop
+from torch import Tensor
+
+from .collective import Header, TorchCoordinator, new_commit_group
+
+if TYPE_CHECKING:
+    from .runner import TorchRunner as _Host
+else:
+    _Host = object
+
+_base_store: Any = None  # kept for the life of the process: a second rendezvous at the same address would fail
+_groups_made = 0
+
+
+class WindowHeader(NamedTuple):
+    """What all ranks together know about a window.
+
+    Attributes:
+        weight: sum of the weights.
+        samples: in the window.
+        tokens: in the window.
+        present: ranks that have a micro-batch.
+        left: whether any rank has data beyond this window.
+        never: ranks that have had no batch in this epoch at all.
+        never_rank: one of them.
+        abort: a rank cannot run this window, because it is to stop.
+        stop: the strongest reason to stop that any rank has, 0 for none.
+        save: whether any rank is asked to save.
+    """
+
+    weight: float
+    samples: int
+    tokens: int
+    present: int
+    left: bool
+    never: int
+    never_rank: int
+    abort: bool
+    stop: Stop
+    save: bool
+
+
+class Distributed(_Host):
+    """Processes, devices and collectives of `TorchRunner`."""
+
+    agreed: tuple[bool, bool] = (False, False)
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run, as the launcher says."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return int(os.environ.get("RANK", "0")) if self.world_size > 1 else 0
+
+    @property
+    def local_rank(self) -> int:
+        """Number of this process on its machine."""
+        return int(os.environ.get("LOCAL_RANK", "0")) if self.world_size > 1 else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
+
+    def init_distributed(self) -> None:
+        """Choose the device; with several processes make the group and agree on timestamp and seed.
+
+        Raises:
+            RuntimeError: somebody else has made a process group already.
+        """
+        self.state.elastic.restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self._device = torch.device("cpu") if accelerator is None else torch.device(accelerator.type, self.local_rank)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        if self.world_size == 1:
+            super().init_distributed()
+            return
+        self._make_group()
+        comm, checkpoint = self.config.comm, self.config.checkpoint
+        timeout = comm.train_timeout_seconds and timedelta(seconds=comm.train_timeout_seconds)
+        threaded = checkpoint.dedicated_async_process_group
+        group = new_commit_group(checkpoint.async_process_group_backend, timeout or None) if threaded else None
+        self.coordinator = TorchCoordinator(group, threaded=threaded)
+        control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout or None)
+        self._control = control
+        self._header = Header(_HEADER_SIZE, group=control)
+        seed = self.choose_seed() if self.is_main_process else None
+        self.workspace.timestamp, self.state.rng.seed = self.coordinator.broadcast_object((self.timestamp, seed))
+
+    def _make_group(self) -> None:
+        global _base_store, _groups_made
+        if dist.is_initialized():
+            raise RuntimeError(
+                "a torch.distributed process group exists already; danling makes its own from RANK and WORLD_SIZE: "
+                "destroy the other one before a runner is built"
+            )
+        comm = self.config.comm
+        backend = comm.backend or ("nccl" if self.device.type == "cuda" else "gloo")
+        seconds = comm.init_timeout_seconds or comm.train_timeout_seconds
+        timeout = timedelta(seconds=seconds) if seconds else None
+        if _base_store is None:
+            _base_store = next(iter(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout or timedelta(minutes=5))))[0]
+        _groups_made += 1
+        store = dist.PrefixStore(f"danling/{self.state.elastic.restart_count}/{_groups_made}", _base_store)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+        self._closing("group", _destroy_group)
+
+    # Collectives
+
+    def all_reduce(self, tensor: Tensor, op: Any = None) -> Tensor:
+        """Reduce a tensor over all ranks, in place; the sum unless `op` says otherwise."""
+        if self.distributed:
+            dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM)
+        return tensor
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over all ranks."""
+        return self.all_reduce(tensor.clone()) / self.world_size
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        """The objects of all ranks, in order of rank, on every rank."""
+        if not self.distributed:
+            return [obj]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, obj, group=self._control)
+        return gathered
+
+    def broadcast_object(self, obj: Any) -> Any:
+        """Return rank 0's object on every rank."""
+        if not self.distributed:
+            return obj
+        box = [obj if self.is_main_process else None]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.distributed:
+            self.gather_objects(None)
+
+    def reduce_log(self, sums: list[float], longest: float) -> tuple[list[float], float]:
+        """Sum numbers over all ranks and take the largest of another."""
+        if not self.distributed:
+            return sums, longest
+        table = torch.zeros(self.world_size, len(sums) + 1, dtype=torch.float64)
+        table[self.rank] = torch.tensor([*sums, longest], dtype=torch.float64)
+        dist.all_reduce(table, group=self._control)
+        return table[:, :-1].sum(0).tolist(), table[:, -1].max().item()
+
+    def exchange_header(
+        self,
+        *,
+        weight: float = 0.0,
+        samples: int = 0,
+        tokens: int = 0,
+        present: bool = False,
+        left: bool = False,
+        never: bool = False,
+        abort: bool = False,
+    ) -> WindowHeader:
+        """Tell all ranks about the window in hand and about requests on this rank; the one collective of a window."""
+        supervisor = self.supervisor
+        flags = [supervisor.stop == level for level in (Stop.REQUEST, Stop.SIGINT, Stop.SIGTERM)]
+        mine = [weight, samples, tokens, present, left, never, self.rank * never, abort, *flags, supervisor.save_requested]
+        sums = self._header.sum([float(value) for value in mine]).tolist()
+        found = [level for level, count in zip((Stop.REQUEST, Stop.SIGINT, Stop.SIGTERM), sums[8:11], strict=True) if count]
+        stop = max(found, default=Stop.NONE)
+        if stop or sums[11]:
+            supervisor.agree(stop, bool(sums[11]))
+        self.agreed = bool(stop), bool(sums[11])
+        never_rank = int(sums[6]) if sums[5] == 1 else -1
+        return WindowHeader(
+            sums[0], int(sums[1]), int(sums[2]), int(sums[3]), bool(sums[4]), int(sums[5]), never_rank,
+            bool(sums[7]), stop, bool(sums[11]),
+        )  # fmt: skip
+
+    @property
+    def pending(self) -> bool:
+        """Whether a stop or a save is asked for that all ranks know of."""
+        return any(self.agreed) if self.distributed else self.supervisor.pending
+
+    def requests(self) -> tuple[bool, bool]:
+        """Whether all ranks agree on a stop, and on a save."""
+        return self.agreed if self.distributed else super().requests()
+
+
+_HEADER_SIZE = 12
+
+
+def _destroy_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,216 @@
+"""Evaluation and inference: nothing here moves the state of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from danling.runners.crash import crash_point
+from danling.runners.loop import EvaluationInterrupted
+from danling.runners.state import RunnerMode
+from torch import Tensor
+
+from .ema import ema_module
+from .infer import count_samples, merge_in_order, split_output
+from .rng import capture_rng, restore_rng
+from .training import _average, plain_metrics, split_batch
+from .weights import samples_in
+
+if TYPE_CHECKING:
+    from .runner import TorchRunner as _Host
+else:
+    _Host = object
+
+LOOK_EVERY = 8  # batches between two looks for a request to stop
+
+
+class Evaluation(_Host):
+    """The evaluating half of `TorchRunner`."""
+
+    @property
+    def evaluation_model(self) -> Any:
+        """What evaluation and inference run: the EMA weights when there are any, else the model without wrappers."""
+        return self.unwrap(self.model) if self.ema is None or not self._ema_ready else ema_module(self.ema)
+
+    @property
+    def _ema_ready(self) -> bool:
+        """Whether the average has taken in any weights yet."""
+        averaged = getattr(self.ema, "n_averaged", None)
+        return averaged is None or int(averaged) > 0
+
+    @contextmanager
+    def _aside(self, mode: RunnerMode, split: str) -> Iterator[None]:
+        """Inference mode, eval mode, and every random state put back at the end."""
+        before = self._mode, self.split
+        rng = capture_rng(self.device)
+        self.split, self.mode = split, mode
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            restore_rng(rng, self.device)
+            self.split = before[1]
+            if self._mode is not before[0]:
+                self.mode = before[0]
+
+    def evaluate_epoch(self, split: str) -> dict[str, Any]:
+        """Evaluate one split to its end; return its metrics over all ranks."""
+        return self._evaluate(split, None)
+
+    def evaluate_steps(self, split: str, steps: int) -> dict[str, Any]:
+        """Evaluate at most `steps` batches of a split; return its metrics over all ranks."""
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return self._evaluate(split, steps)
+
+    def _evaluate(self, split: str, steps: int | None) -> dict[str, Any]:
+        meters, metrics = self._meters[False], self.evaluate_metrics
+        meters.reset()
+        if metrics is not None:
+            metrics.reset()
+        length = self.pass_length(split)
+        total = length if steps is None or length is None else min(steps, length)
+        bar = self.console.bar
+        bar.start_evaluation(split, total)
+        try:
+            with self._aside(RunnerMode.EVALUATE, split):
+                done = 0
+                batches = iter(islice(self._fresh_loader(split), steps))
+                for data in self._watched(batches):
+                    self._evaluate_batch(data)
+                    done += 1
+                    bar.advance_evaluation(done)
+                    crash_point("evaluate.batch")
+        finally:
+            bar.end_evaluation()
+        values = plain_metrics(meters.average() if self._agree_on_names(meters) else {})
+        if not values and metrics is None or (done == 0 and not self.distributed):
+            self.logger.warning("the evaluation of %r saw no batch", split)
+        if metrics is not None:
+            values |= plain_metrics(_average(metrics))
+        return values
+
+    def _agree_on_names(self, meters: Any) -> bool:
+        """Give every rank a loss meter if any has one, so that all take part in the exchange."""
+        return bool(len(meters)) or self.distributed
+
+    def _evaluate_batch(self, data: Any) -> None:
+        _, loss = self.evaluate_step(data)
+        if loss is None:
+            return
+        weight = self.weigh(data)
+        value = loss.detach() if isinstance(loss, Tensor) else loss
+        if weight is None:
+            weight = samples_in(data)
+            value = value / weight
+        self._meters[False]["loss"].update(value, weight)
+
+    def evaluate_step(self, data: Any) -> tuple[Any, Any]:
+        """Evaluate one batch: prediction, loss when there is a criterion and a target, metrics.
+
+        Returns:
+            The prediction, and the loss or None.
+        """
+        source, target = split_batch(self.to_device(data))
+        with self.forward_context():
+            prediction = self.forward(self.evaluation_model, source)
+            loss = None if self.criterion is None or target is None else self.criterion(prediction, target)
+        if self.evaluate_metrics is not None and target is not None:
+            self.evaluate_metrics.update(prediction, target)
+        return prediction, loss
+
+    def _fresh_loader(self, split: str) -> Any:
+        sampler = self.datasamplers.get(split)
+        if sampler is not None:
+            sampler.set_epoch(0)
+        return self.dataloaders[split]
+
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield batches; every few of them look, with all ranks, for a request to stop.
+
+        Raises:
+            EvaluationInterrupted: on every rank, during training.
+        """
+        while True:
+            count = 0
+            for data in islice(batches, LOOK_EVERY):
+                count += 1
+                yield data
+                if not self.distributed and self._training and self.supervisor.stop:
+                    raise EvaluationInterrupted
+            more = count == LOOK_EVERY
+            if self.distributed:
+                header = self.exchange_header(left=more)
+                if self._training and header.stop:
+                    raise EvaluationInterrupted
+                more = header.left
+            if not more:
+                return
+
+    # Inference
+
+    def infer(
+        self, split: str = "infer", *, steps: int | None = None, stream: bool | None = None, gather: bool = False
+    ) -> Any:
+        """Run the model over a split.
+
+        Args:
+            split: its name.
+            steps: at most that many batches.
+            stream: True yields a list per batch; None does so for loaders without a length.
+            gather: give every rank the entries of all samples in the order of the data set, each once.
+
+        Returns:
+            A list with one entry per sample, or an iterator over lists.
+
+        Raises:
+            ValueError: contradicting arguments, or a loader without a length, without `steps` and `stream`.
+        """
+        if split not in self.dataloaders:
+            raise ValueError(f"there is no split {split!r}; there are: {', '.join(self.dataloaders) or 'none'}")
+        if steps is not None and steps < 0:
+            raise ValueError(f"steps must not be negative, got {steps}")
+        if stream and gather:
+            raise ValueError("stream and gather exclude each other: entries in order need the whole split")
+        sized = self.pass_length(split) is not None
+        if stream is None:
+            stream = not sized and steps is None and not gather
+        elif not stream and not sized and steps is None:
+            raise ValueError(f"the loader of {split!r} has no length: give `steps`, or stream=True")
+        if gather and not sized and steps is None:
+            raise ValueError(f"the loader of {split!r} has no length: give `steps` to gather its entries")
+        entries = self._infer_batches(split, steps)
+        if stream:
+            return entries
+        own = [entry for batch in entries for entry in batch]
+        return self._gather_entries(split, own) if gather else own
+
+    def _infer_batches(self, split: str, steps: int | None) -> Iterator[list[Any]]:
+        iterator = iter(islice(self._fresh_loader(split), steps))
+        while True:
+            with self._aside(RunnerMode.INFER, split):
+                try:
+                    data = next(iterator)
+                except StopIteration:
+                    return
+                entries = self.infer_step(data)
+            yield entries
+
+    def infer_step(self, data: Any) -> list[Any]:
+        """Run the model on one batch; return one entry per sample, on the host."""
+        source, _ = split_batch(self.to_device(data))
+        with self.forward_context():
+            output = self.forward(self.evaluation_model, source)
+        return split_output(output, count_samples(source))
+
+    def _gather_entries(self, split: str, own: list[Any]) -> list[Any]:
+        sampler = self.datasamplers.get(split)
+        if not self.distributed:
+            return own
+        if sampler is None:
+            return [entry for share in self.gather_objects(own) for entry in share]
+        indices = [index for batch in sampler for index in batch]
+        return merge_in_order(self.gather_objects(list(zip(indices, own, strict=False))))

@@ -1,0 +1,216 @@
+"""Windows of one pass over a train split, from the position a run has reached to the end of the data.
+
+A whole window is taken from the loader, trained, and only then counted as consumed. Nothing looks ahead: what a loader or its
+workers have prepared beyond that is fetched again after a resume.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from danling.runners.crash import crash_point
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from .rng import capture_rng, restore_rng
+from .weights import samples_in, tokens_in
+from .window import Window
+
+if TYPE_CHECKING:
+    from .runner import TorchRunner
+
+_END = object()
+
+
+class Feed:
+    """The data of one pass.
+
+    Args:
+        runner: whose loader, sampler and window are used.
+        split: a train split.
+
+    Attributes:
+        exhausted: no window follows the one in hand.
+        interrupted: a stop was asked for before the first window.
+    """
+
+    def __init__(self, runner: TorchRunner, split: str) -> None:
+        self.runner, self.split = runner, split
+        self.loader = runner.dataloaders[split]
+        self.sampler = runner.datasamplers.get(split)
+        self.accum_steps = runner.accum_steps
+        self.window = runner.window
+        self.exhausted = self.interrupted = False
+        self._weigh = runner.weigh
+        self._state = runner.train_state
+        self._position = self._state.positions.setdefault(split, {"samples": 0})
+        self._batches = 0  # micro-batches this rank has taken in this pass
+        self._first = True
+        self._last_batch: Any = _END
+
+    def __enter__(self) -> Feed:
+        runner, position = self.runner, self._position
+        self._rng = capture_rng(runner.device)
+        try:
+            if self.sampler is not None:
+                if position["samples"]:
+                    self.sampler.load_state_dict({"epoch": self._state.epoch, "consumed": position["samples"]})
+                else:
+                    self.sampler.set_epoch(self._state.epoch)
+            else:
+                runner.seek_loader(self.split, self._state.epoch, position["samples"])
+            self._length = exact_length(self.loader)
+            if self._length is not None and self.sampler is None:
+                self._length -= position["samples"]
+            self._start = position["samples"]
+            self._iterator = iter(self.loader)
+        except RuntimeError as error:
+            self._excuse(error)
+            self._iterator = iter(())
+        crash_point("loader.start")
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._iterator = iter(())
+        self._last_batch = _END
+        self.window.open([None], [1])
+
+    def next_window(self) -> Window | None:
+        """Take the micro-batches of the next update; None at the end of the data of all ranks, or when interrupted."""
+        if self.interrupted:
+            return None
+        try:
+            batches = self._take()
+        except RuntimeError as error:
+            self._excuse(error)
+            batches = []
+        if self._first or self.interrupted:
+            self._first = False
+            if not self.runner.distributed and (self.interrupted or self.runner.supervisor.stop):
+                return self._interrupt()
+        if self.runner.distributed:
+            return self._agree(batches)
+        self._rng = None
+        if not batches:
+            self.exhausted = True
+            return None
+        window = self.window
+        window.open(batches, [self._weigh(batch) for batch in batches])
+        window.samples, window.tokens = self._count(batches)
+        return window
+
+    def _take(self) -> list[Any]:
+        if self.accum_steps == 1:
+            batch = next(self._iterator, _END)
+            batches = [] if batch is _END else [batch]
+        else:
+            batches = list(islice(self._iterator, self.accum_steps))
+        self._batches += len(batches)
+        if len(batches) < self.accum_steps or self._batches == self._length:
+            self.exhausted = True
+        return batches
+
+    def _count(self, batches: list[Any]) -> tuple[int, int]:
+        samples = tokens = 0
+        for batch in batches:
+            samples += samples_in(batch)
+            tokens += tokens_in(batch)
+        return samples, tokens
+
+    def _excuse(self, error: RuntimeError) -> None:
+        """A worker that dies while a stop is pending counts as the stop; anything else is an error."""
+        if not self.runner.supervisor.stop:
+            raise error
+        self.interrupted = True
+
+    def _interrupt(self) -> None:
+        """Give up what was fetched, as if it had not been."""
+        self.interrupted = True
+        if self._rng is not None:
+            restore_rng(self._rng, self.runner.device)
+
+    def _agree(self, batches: list[Any]) -> Window | None:
+        """Exchange the header of the window: weights, counts, who has data left, and requests."""
+        runner, window = self.runner, self.window
+        real = len(batches)
+        if self.sampler is not None and real and self.exhausted:
+            real -= self._left_empty(batches)
+        weights = [self._weigh(batch) for batch in batches[:real]]
+        samples, tokens = self._count(batches[:real])
+        summed = not batches or weights[:1] == [None]
+        first, self._first_header = self._rng is not None, False
+        header = runner.exchange_header(
+            weight=0.0 if summed else float(sum(map(_number, weights))),
+            samples=samples,
+            tokens=int(_number(tokens)),
+            present=bool(batches),
+            left=not self.exhausted,
+            never=not batches and self._last_batch is _END and self._start == 0 and self._batches == 0,
+            abort=self.interrupted,
+        )
+        if header.abort or (first and header.stop):
+            return self._interrupt()
+        self._rng = None
+        if not header.present:
+            self.exhausted = True
+            return None
+        if header.never:
+            raise RuntimeError(
+                f"rank {header.never_rank} has no batch at all in split {self.split!r} while others have; "
+                "give every rank some data, or use fewer ranks"
+            )
+        self.exhausted = not header.left
+        if not batches:  # keep in step with the ranks that have data left
+            batches, weights, real = [self._last_batch], [0], 0
+        else:
+            weights += [0] * (len(batches) - real)
+            self._last_batch = batches[-1]
+        sums = runner.adds_losses
+        window.open(
+            batches,
+            [None if sums else weight for weight in weights],
+            total=None if sums else header.weight,
+            degree=runner.data_degree,
+            fillers=real,
+        )
+        window.samples, window.tokens = header.samples, header.tokens
+        return window
+
+    def _left_empty(self, batches: list[Any]) -> int:
+        """Micro-batches at the end that the sampler made up because there was no sample left for this rank."""
+        assert self.sampler is not None
+        return 1 if self.sampler.is_filler(self.split_batches) else 0
+
+    @property
+    def split_batches(self) -> int:
+        """Micro-batches taken in this pass, this attempt."""
+        return self._batches
+
+    def advance(self) -> None:
+        """Count the window in hand as consumed."""
+        state, window, position = self._state, self.window, self._position
+        state.samples += window.samples
+        state.tokens += window.tokens
+        if self.sampler is not None:
+            position["samples"] = self.sampler.consumed_after(self._start, self._batches)
+        else:
+            position["samples"] = self._start + self._batches
+
+
+def exact_length(loader: Any) -> int | None:
+    """Batches of a loader that knows; the length of an iterable data set is only its word.
+
+    >>> exact_length([1, 2]), exact_length(iter([1]))
+    (2, None)
+    """
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        return None
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _number(value: Any) -> float:
+    return value.item() if isinstance(value, Tensor) else value

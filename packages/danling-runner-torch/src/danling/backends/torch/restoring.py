@@ -1,0 +1,257 @@
+"""The state of a torch run as files and back: weights, EMA, optimizer, scheduler, scaler, loaders, random states."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danling.runners.errors import CheckpointError, ResumeError
+from danling.runners.persistence import RECORDED
+from torch import Tensor, nn
+
+from .export import cast_floating, write_safetensors
+from .payload import (
+    EMA,
+    MODEL,
+    NESTED_UNDER,
+    OPTIMIZER,
+    HostBuffers,
+    TorchSnapshot,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+    rank_file,
+    read_payload,
+    read_weights,
+    strip_prefixes,
+)
+from .rng import capture_rng, restore_rng
+
+if TYPE_CHECKING:
+    from .runner import TorchRunner as _Host
+else:
+    _Host = object
+
+
+class Restoring(_Host):
+    """The part of `TorchRunner` that saves and restores."""
+
+    # Saving
+
+    def engine_state(self) -> dict[str, Any]:
+        """What the main process writes: file and content, live."""
+        files: dict[str, Any] = {MODEL: model_state(self.model)}
+        parts = {"scheduler": self.scheduler, "grad_scaler": self.grad_scaler}
+        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        if self.optimizer is not None:
+            states["optimizer"] = optimizer_state(self.optimizer, self.iter_optimizer_named_parameters())
+        if self.ema is not None:
+            files[EMA] = self._ema_weights() or self.ema.state_dict()
+            if self._ema_weights():
+                states["ema_updates"] = self.ema.n_averaged
+        if states:
+            files[OPTIMIZER] = states
+        return files
+
+    def _ema_weights(self) -> dict[str, Any] | None:
+        """Weights of an `AveragedModel` under the names of the user's module; None for other kinds of average."""
+        return model_state(self.ema) if hasattr(self.ema, "n_averaged") and isinstance(self.ema, nn.Module) else None
+
+    def rank_state(self) -> dict[str, Any]:
+        """What differs from rank to rank: random states, positions of loaders, open meters and metrics."""
+        state: dict[str, Any] = {
+            "rng": capture_rng(self.device),
+            "dataloaders": self.loader_states(),
+            "meters": self._meters[True].state_dict(),
+            "log_mark": list(self._log_mark) if self._log_mark else None,
+        }
+        if hasattr(self.train_metrics, "state_dict"):
+            state["metrics"] = self.train_metrics.state_dict()
+        own = {key: value for key, value in self.state_dict().items() if key not in RECORDED}
+        if own:
+            state["own"] = own
+        return state
+
+    def loader_states(self) -> dict[str, Any]:
+        """Positions of the loaders that keep their own; those that danling samples are counted in samples instead."""
+        states = {}
+        for split in self.train_splits:
+            loader = self.dataloaders.get(split)
+            position = self.train_state.positions.get(split, {})
+            is_open = position.get("samples") and not position.get("complete")
+            if is_open and split not in self.datasamplers and hasattr(loader, "state_dict"):
+                states[split] = loader.state_dict()
+        return states
+
+    def capture(self) -> Callable[[Path], list[str]]:
+        """Copy the state of this rank; return a function that writes its files."""
+        files = self.engine_state() if self.is_main_process else {}
+        return self._captured({**files, rank_file(self.rank): self.rank_state()})
+
+    def capture_model(self) -> Callable[[Path], list[str]]:
+        """Copy the weights, those of the EMA when there is one; return a function that writes them."""
+        weights = self.export_state(self.config.checkpoint.export_dtype)
+        return self._captured({MODEL: weights} if self.is_main_process else {})
+
+    def _captured(self, files: dict[str, Any]) -> Callable[[Path], list[str]]:
+        if self._buffers is None:
+            self._buffers = HostBuffers(pinned=self.config.checkpoint.async_mode == "async_with_pinned_mem")
+        snapshot = TorchSnapshot(files, self._buffers)
+        snapshot.capture()
+        return snapshot.write
+
+    def write_state(self, directory: Path) -> list[str]:
+        """Write this rank's files of the present state."""
+        return self.capture()(directory)
+
+    def export_state(self, dtype: str | None = None, ema: bool = True) -> dict[str, Any]:
+        """Weights for use elsewhere: those of the EMA when there is one, floating tensors cast."""
+        averaged = ema and self.ema is not None and self._ema_ready
+        return cast_floating(model_state(self.evaluation_model if averaged else self.model), dtype)
+
+    def export(self, path: str | os.PathLike[str], dtype: str | None = None, ema: bool = True) -> None:
+        """Write the weights as safetensors, on the main process.
+
+        Args:
+            path: the file.
+            dtype: fp32, fp16, bf16 or fp64 for the floating tensors; None keeps theirs.
+            ema: prefer the EMA's.
+        """
+        if self.is_main_process:
+            write_safetensors(path, self.export_state(ema=ema), dtype=dtype)
+
+    # Restoring
+
+    def read_state(self, directory: Path) -> dict[str, Any]:
+        """Read what `write_state` wrote, by component."""
+        payload = read_payload(directory, self.rank)
+        if "rng" not in payload and (directory / "ranks").is_dir():
+            payload |= {"rng": {}, "dataloaders": {}}  # a rank that did not exist when the checkpoint was saved
+        return payload
+
+    def load_checkpoint(self, src: Any) -> None:
+        """Restore the full state of a run; see `BaseRunner.load_checkpoint`."""
+        payload = self.read_checkpoint(src)
+        super().load_checkpoint(payload)
+        if "meters" in payload:
+            self._meters[True].load_state_dict(payload["meters"])
+        if "metrics" in payload and hasattr(self.train_metrics, "load_state_dict"):
+            self.train_metrics.load_state_dict(payload["metrics"])
+        self._log_mark = tuple(payload["log_mark"]) if payload.get("log_mark") else None
+        if self.scheduler is not None:
+            self._extend_schedule()
+
+    def _extend_schedule(self) -> None:
+        """Give a schedule made for another budget the length of this one."""
+        planned = getattr(self.scheduler, "total_steps", None)
+        length = self.epochs if self.scheduler_interval == "epoch" else self.steps
+        if self.config.scheduler.get("total_steps") is not None or planned in (None, length) or length is None:
+            return
+        if hasattr(self.scheduler, "set_total_steps"):
+            self.scheduler.set_total_steps(length)
+            self.logger.info("the schedule now ends at %d instead of %d", length, planned)
+        else:
+            kind = type(self.scheduler).__name__
+            self.logger.warning("%s keeps its horizon of %d although the budget is now %d", kind, planned, length)
+
+    def load_model(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights; missing, unexpected and misshapen ones are an error that lists them."""
+        load_model_state(self.model, state, skip=self.excluded_names(list(state)))
+
+    def load_ema(self, state: Mapping[str, Any]) -> None:
+        """Load the average."""
+        if self._ema_weights() is None:
+            self.ema.load_state_dict(state)
+        else:
+            load_model_state(self.ema, state)
+
+    def load_ema_updates(self, count: Tensor) -> None:
+        """Restore how often the average was updated."""
+        if self._ema_weights() is not None:
+            self.ema.n_averaged.copy_(count)
+
+    def load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Load the optimizer, by parameter name."""
+        names = list(self.iter_optimizer_named_parameters())
+        skip = self.excluded_names([name for name, _ in names])
+        load_optimizer_state(self.optimizer, state, names, skip=skip)
+
+    def load_scheduler(self, state: Mapping[str, Any]) -> None:
+        """Load the scheduler."""
+        self.scheduler.load_state_dict(state)
+
+    def load_grad_scaler(self, state: Mapping[str, Any]) -> None:
+        """Load the gradient scaler."""
+        self.grad_scaler.load_state_dict(state)
+
+    def load_dataloaders(self, states: Mapping[str, Any]) -> None:
+        """Keep the positions of loaders until their pass begins."""
+        self._loader_states = dict(states)
+
+    def load_rng(self, state: Mapping[str, Any]) -> None:
+        """Put the random states of this rank back; a rank that did not exist before is seeded."""
+        if state:
+            restore_rng(dict(state), self.device)
+            return
+        seed = self.rng_state.seed
+        text = f"{seed}, {self.rank}, {self.global_step}"
+        self.set_seed(zlib.crc32(text.encode()), bias=False)
+        self.state.rng.seed = seed
+        self.logger.warning("rank %d has no random state in the checkpoint: it is seeded anew", self.rank)
+
+    def seek_loader(self, split: str, epoch: int, consumed: int) -> None:
+        """Bring a loader that keeps its own position to where the pass was.
+
+        Raises:
+            ResumeError: it cannot tell, or take, a position.
+        """
+        loader = self.dataloaders[split]
+        state = self._loader_states.pop(split, None)
+        if not consumed:
+            parts = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None), loader)
+            for part in (*parts, getattr(loader, "dataset", None)):
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
+        elif state is not None and hasattr(loader, "load_state_dict"):
+            loader.load_state_dict(state)
+        else:
+            raise ResumeError(
+                f"the loader of {split!r} has no state_dict and load_state_dict: a run cannot be resumed in the middle of "
+                "its pass; save at the end of epochs only, or use a stateful loader"
+            )
+
+    # Weights alone
+
+    def load_pretrained(self, src: Any, strict: bool = True) -> None:
+        """Load weights alone: those of an EMA when the source has one.
+
+        Args:
+            src: a checkpoint or run directory, an alias, a mapping, or a `.safetensors`, `.pt`, `.pth`, `.bin` file.
+            strict: an error when names differ; wrong shapes always are.
+        """
+        state, source = self.read_weights(src), "the mapping" if isinstance(src, Mapping) else src
+        load_model_state(self.model, state, strict=strict, error=CheckpointError, source=source)
+        if self._ema_weights() is not None:
+            load_model_state(self.ema, state, strict=strict, error=CheckpointError, source=source)
+        self.logger.info("weights loaded from %s", source)
+
+    def read_weights(self, src: Any) -> dict[str, Tensor]:
+        """The weights in a source, under the names of a plain module."""
+        if isinstance(src, Mapping):
+            nested = next((src[key] for key in ("ema", *NESTED_UNDER) if isinstance(src.get(key), Mapping)), src)
+            return strip_prefixes(nested)
+        path = Path(os.fspath(src))
+        if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+            if not path.is_file():
+                from danling.runners.errors import CheckpointNotFoundError
+
+                raise CheckpointNotFoundError(f"there is no file {path}")
+            return read_weights(path)
+        path = self._store.resolve(src)
+        if bad := self._store.verify(path):
+            raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(bad)}")
+        return read_weights(path)

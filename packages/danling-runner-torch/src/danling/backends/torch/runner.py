@@ -1,0 +1,74 @@
+"""`TorchRunner`: one process, or several with DistributedDataParallel."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, ClassVar
+
+import torch
+from danling.metrics import AverageMeters
+from danling.runners.base_runner import BaseRunner
+
+from .building import Building
+from .distributed import Distributed
+from .evaluation import Evaluation
+from .restoring import Restoring
+from .training import MUTED, Training
+from .window import Window
+
+
+class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRunner):
+    """The engine of plain PyTorch.
+
+    One process runs on the accelerator of its rank, or on the CPU; several, under `torchrun`, train one model with
+    DistributedDataParallel. Claims every guarantee.
+    """
+
+    stack: ClassVar[str | None] = "torch"
+    guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
+
+    def __init__(self, config: Any = None) -> None:
+        self.window = Window()
+        self.weigh: Any = None
+        self.adds_losses = False
+        self.updater: Any = None
+        self.grad_scaler: Any = None
+        self.grad_norm: Any = None
+        self.scheduler_interval = "step"
+        self._ema_schedule: Any = None
+        self._buffers: Any = None
+        self._log_mark: tuple[float, float] | None = None
+        self._loader_states: dict[str, Any] = {}
+        self._muted = False
+        super().__init__(config)
+        self._meters = {mode: AverageMeters(distributed=self.distributed) for mode in (True, False)}
+        self.init_precision()
+        self.init_profiler()
+        self.start_clock()
+
+    def describe_devices(self) -> str:
+        """Devices and world, for the start summary."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.device}"
+        return f"{name} × {self.world_size}" + (f" ({torch.get_num_threads()} threads)" if name == "cpu" else "")
+
+    def describe_environment(self) -> dict[str, Any]:
+        """Devices and hosts, for the metadata of the attempt."""
+        return {"device": self.describe_devices(), "host": socket.gethostname(), "torch": torch.__version__}
+
+    @property
+    def train_metrics(self) -> Any:
+        """Metrics of training; silent while a batch is run that counts for nothing."""
+        return MUTED if self._muted else self._train_metrics
+
+    @train_metrics.setter
+    def train_metrics(self, metrics: Any) -> None:
+        self._train_metrics = metrics
+
+    def close_loaders(self) -> None:
+        """Stop the workers of the loaders."""
+        for loader in self.dataloaders.values():
+            iterator = getattr(loader, "_iterator", None)
+            if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
+            if iterator is not None:
+                loader._iterator = None

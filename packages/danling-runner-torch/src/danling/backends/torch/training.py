@@ -1,0 +1,316 @@
+"""A step of training: forward, backward, update, and what is counted and reported along the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from danling.metrics import AverageMeters
+from danling.runners.state import RunnerMode
+from torch import Tensor
+
+from .feed import Feed
+from .weights import samples_in
+
+if TYPE_CHECKING:
+    from .runner import TorchRunner as _Host
+else:
+    _Host = object
+
+_NO_CONTEXT = nullcontext()
+
+
+class _Muted:
+    """Stands in for metrics and meters while a batch is run that counts for nothing."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+
+MUTED = _Muted()
+
+
+def split_batch(data: Any) -> tuple[Any, Any]:
+    """Input and target of a batch: items `input`, `target` of a mapping, 0 and 1 of a sequence; anything else is input.
+
+    >>> split_batch({"input": 1, "target": 2}), split_batch([3, 4]), split_batch(5)
+    ((1, 2), (3, 4), (5, None))
+    """
+    if isinstance(data, Mapping):
+        if "input" not in data:
+            raise ValueError(f"a batch that is a mapping needs the key 'input'; it has {sorted(map(str, data))}")
+        return data["input"], data.get("target")
+    if isinstance(data, list | tuple):
+        if not data:
+            raise ValueError("a batch that is a sequence needs an input at position 0; it is empty")
+        return data[0], data[1] if len(data) > 1 else None
+    return data, None
+
+
+class Training(_Host):
+    """The training half of `TorchRunner`."""
+
+    def open_pass(self, split: str) -> Feed:
+        """A context that yields windows of a train split from its position on."""
+        return Feed(self, split)
+
+    def forward(self, model: Any, data: Any) -> Any:
+        """Call a model on the input of a batch; a mapping is passed as keywords."""
+        return model(**data) if isinstance(data, Mapping) else model(data)
+
+    def train_step(self, data: Any) -> tuple[Any, Any]:
+        """Train on one micro-batch: device, forward, loss, metrics, backward, step.
+
+        Args:
+            data: a batch of the loader.
+
+        Returns:
+            The prediction, and the loss or None; a loss of None is not recorded.
+        """
+        source, target = split_batch(self.to_device(data))
+        with self.train_context():
+            prediction = self.forward(self.model, source)
+            loss = self._loss(prediction, target)
+        if self.train_metrics is not None and target is not None:
+            self.train_metrics.update(_detach(prediction), target)
+        self.advance(loss)
+        return prediction, loss
+
+    def _loss(self, prediction: Any, target: Any) -> Any:
+        if self.criterion is None:
+            if target is None and isinstance(prediction, Tensor) and prediction.dim() == 0:
+                return prediction  # the model returns its own loss
+            raise ValueError(f"{type(self).__name__} has no criterion: assign `self.criterion`, or override train_step")
+        return self.criterion(prediction, target)
+
+    def train_context(self) -> AbstractContextManager:
+        """Encloses forward and loss of a training step: precision, and no synchronisation inside a window."""
+        if not self.distributed or self.window.is_last:
+            return self.forward_context()
+        stack = ExitStack()
+        stack.enter_context(self.no_sync())
+        stack.enter_context(self.forward_context())
+        return stack
+
+    def forward_context(self) -> AbstractContextManager:
+        """Encloses forward and loss: precision."""
+        return _NO_CONTEXT if self.precision.dtype is None else self.precision.autocast()
+
+    def no_sync(self) -> AbstractContextManager:
+        """A context in which gradients of replicas are not averaged."""
+        return self.model.no_sync() if hasattr(self.model, "no_sync") else _NO_CONTEXT
+
+    def loss_weight(self, batch: Any) -> Any:
+        """The weight of a micro-batch, when overridden: the number of terms its loss averages over."""
+        return samples_in(batch)
+
+    def advance(self, loss: Any) -> None:
+        """`backward(loss)`, then `step()`."""
+        self.backward(loss)
+        self.step()
+
+    def backward(self, loss: Any) -> None:
+        """Apply the window's factor and the loss scale, and backpropagate.
+
+        Raises:
+            ValueError: the loss is not a scalar.
+            TypeError: it is not a tensor.
+        """
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}; average it, with its loss_weight")
+        window = self.window
+        if window.weight == 0:
+            self.backward_nothing(loss)
+            return
+        factor = window.factor
+        if factor is not None:
+            loss = loss * factor
+        if self.grad_scaler is not None:
+            loss = self.grad_scaler.scale(loss)
+        loss.backward()
+
+    def backward_nothing(self, loss: Tensor) -> None:
+        """Backpropagate exact zeros, whatever the loss is, so that replicas that wait for gradients get them."""
+        if not self.distributed or not self.window.is_last:
+            return
+        options = self.config.ddp
+        if options.find_unused_parameters or options.static_graph:
+            torch.nan_to_num(loss, 0.0, 0.0, 0.0).mul(0).backward()
+            return
+        zeros = [(p * torch.zeros_like(p)).sum() for p in self.model.parameters() if p.requires_grad]
+        torch.stack([zero.float() for zero in zeros]).sum().backward()
+
+    def step(self) -> None:
+        """Count the micro-step; update at the end of the window.
+
+        Raises:
+            RuntimeError: outside training.
+        """
+        if self._mode is not RunnerMode.TRAIN:
+            raise RuntimeError(f"step() belongs to training; the runner is in mode {self._mode}")
+        window, state = self.window, self.train_state
+        state.micro_step += 1
+        window.index += 1
+        if window.index < len(window.batches):
+            return
+        if window.weighs and self.optimizer_step():
+            window.applied = True
+            state.skipped_in_a_row = 0
+        else:
+            if not window.weighs:
+                self.zero_grad()
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+        if window.batches[0] is None:  # a step outside the loop: the next one is a window of its own
+            window.open([None], [1])
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.model.zero_grad(set_to_none=True)
+
+    def optimizer_step(self) -> bool:
+        """Update the weights and what follows every update; return whether it was applied.
+
+        Order: optimizer step (unscale, check, clip, step, schedule, clear), EMA, `global_step`, profiler, garbage collection.
+        """
+        if self.updater is None:
+            raise RuntimeError("there is no optimizer: set optim.type, assign self.optimizer, or override optimizer_step")
+        stepped, self.grad_norm = self.updater.step()
+        if not stepped:
+            return False
+        state = self.train_state
+        step = state.global_step = state.global_step + 1
+        if self._ema_schedule is not None:
+            self._ema_schedule.after_update(self.unwrap(self.model), step)
+        if self.profiler is not None:
+            self.profiler.step()
+        if self.supervisor.manages_gc:
+            self.supervisor.collect(step)
+        return True
+
+    # Meters
+
+    @property
+    def meters(self) -> AverageMeters:
+        """Averages of the mode in hand, `loss` among them; separate for training and for evaluation."""
+        return self._meters[self._mode is RunnerMode.TRAIN]
+
+    def record_loss(self, loss: Any) -> None:
+        """Add the loss of the micro-batch that was just run to the meters, with its weight."""
+        window = self.window
+        index = window.index - 1
+        if index >= window.fillers:
+            return
+        weight = window.weights[index]
+        value = loss.detach() if isinstance(loss, Tensor) else loss
+        if weight is None:  # losses are added: shown per sample
+            weight = samples_in(window.batches[index])
+            value = value / weight
+        if isinstance(value, Tensor) and value.device.type == "cpu":
+            value = value.item()
+        self._meters[True]["loss"].update(value, weight)
+
+    def read_training(self, split: str, *, reset: bool) -> dict[str, Any]:
+        """Metrics of the training since the last reset, over all ranks."""
+        meters = self._meters[True]
+        values = plain_metrics(meters.average() if len(meters) else {})
+        if self.train_metrics is not None:
+            values |= plain_metrics(_average(self.train_metrics))
+        if reset:
+            meters.reset()
+            if self.train_metrics is not None:
+                self.train_metrics.reset()
+            self._log_mark = None
+        return values
+
+    # Log points
+
+    def start_clock(self) -> None:
+        """Begin to measure speed from here; evaluations and saves between log points are left out."""
+        self._clock = (time.perf_counter(), self.train_state.global_step, self.train_state.samples, self.train_state.tokens)
+
+    def log_training(self) -> None:
+        """Report the values since the last log point: one reduction, one host read."""
+        values = self.collect_log()
+        if not math.isfinite(values.get("loss", 0.0)):
+            self.logger.warning("the loss is %s at step %d", values["loss"], self.global_step)
+        self.trackers.log(self.split, values, global_step=self.global_step, epoch=self.epoch)
+        if self.is_main_process:
+            phase = "train" if self.is_step_mode else f"epoch {self.epoch + 1}/{self.epochs} {self.split}"
+            self.console.log(phase, self.global_step, self.steps, values)
+        self.emit("log", metrics=values)
+
+    def collect_log(self) -> dict[str, float]:
+        """Loss since the last log point, learning rates, gradient norm, speed, memory, skips."""
+        state = self.train_state
+        meter = self._meters[True]["loss"]
+        mark = self._log_mark or (0.0, 0)
+        total, count = meter.sum, meter.count
+        self._log_mark = total, count
+        now = time.perf_counter()
+        started, step, samples, tokens = self._clock
+        elapsed = now - started
+        updates = max(1, state.global_step - step)
+        self._clock = (now, state.global_step, state.samples, state.tokens)
+        sums, longest = self.reduce_log([total - mark[0], count - mark[1]], elapsed / updates)
+        values: dict[str, float] = {}
+        if sums[1]:
+            values["loss"] = sums[0] / sums[1]
+        if self.optimizer is not None:
+            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+            if len(set(rates)) == 1:
+                values["lr"] = rates[0]
+            else:
+                values |= {f"lr_{index}": rate for index, rate in enumerate(rates)}
+        if self.grad_norm is not None:
+            values["grad_norm"] = float(self.grad_norm)
+        values["time"] = longest
+        if elapsed > 0:
+            values["samples_per_second"] = (state.samples - samples) / elapsed
+            if state.tokens > tokens:
+                values["tokens_per_second"] = (state.tokens - tokens) / elapsed
+        values |= self._performance(values)
+        if self.device.type == "cuda":
+            values["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            values["memory_reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
+        if state.skipped:
+            values["skipped"] = state.skipped
+        return values
+
+    def _performance(self, values: Mapping[str, float]) -> dict[str, float]:
+        options = self.config.performance
+        flops = (options.model_flops_per_sample or 0.0) * values.get("samples_per_second", 0.0)
+        flops += (options.model_flops_per_token or 0.0) * values.get("tokens_per_second", 0.0)
+        if not flops:
+            return {}
+        found = {"tflops": flops / self.world_size / 1e12}
+        if options.peak_flops:
+            found["mfu"] = flops / self.world_size / options.peak_flops
+        return found
+
+
+def _detach(prediction: Any) -> Any:
+    return prediction.detach() if hasattr(prediction, "detach") else prediction
+
+
+def _average(metrics: Any) -> Any:
+    return metrics.average() if hasattr(metrics, "average") else metrics.compute()
+
+
+def plain_metrics(values: Any) -> dict[str, Any]:
+    """Nested metrics as plain mappings of numbers and lists.
+
+    >>> plain_metrics({"loss": torch.tensor(0.5), "f1": {"per_class": torch.tensor([0.0, 1.0])}})
+    {'loss': 0.5, 'f1': {'per_class': [0.0, 1.0]}}
+    """
+    if isinstance(values, Mapping):
+        return {str(key): plain_metrics(value) for key, value in values.items()}
+    if isinstance(values, Tensor):
+        return values.tolist()
+    return values

@@ -1,0 +1,145 @@
+"""How much each micro-batch counts in the mean of its window: the number of terms that its loss averages over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .infer import count_samples
+
+Weight = Any  # a number, a 0-d tensor on the batch's device, or None: losses are added
+
+
+def target_of(batch: Any) -> Any:
+    """The target in a batch: item `target` of a mapping, item 1 of a sequence, else None.
+
+    >>> target_of({"input": 1, "target": 2}), target_of((3, 4)), target_of(5)
+    (2, 4, None)
+    """
+    if isinstance(batch, Mapping):
+        return batch.get("target")
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        return batch[1] if len(batch) > 1 else None
+    return None
+
+
+def samples_in(batch: Any) -> int:
+    """Samples in a batch; 1 when nothing in it has a length."""
+    if type(batch) in (list, tuple) and batch and type(batch[0]) is Tensor and batch[0].dim():
+        return batch[0].shape[0]
+    count = count_samples(batch)
+    return 1 if count is None else count
+
+
+def tokens_in(batch: Any) -> int | Tensor:
+    """Tokens in a batch that tells: the packed length of a ragged input, or the sum of an attention mask; else 0."""
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor):
+            return count_elements(mask, 0)
+        source = batch.get("input")
+    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes) and batch:
+        source = batch[0]
+    else:
+        source = batch
+    if type(source) is Tensor:
+        return 0
+    packed = getattr(source, "concat", None)
+    return len(packed) if isinstance(packed, Tensor) and packed.dim() else 0
+
+
+def count_elements(tensor: Tensor, ignored: int) -> int | Tensor:
+    """Elements that differ from `ignored`: a number for tensors on the host, else a tensor nobody has waited for."""
+    if tensor.device.type == "cpu":
+        return int(np.count_nonzero(tensor.detach().numpy() != ignored))
+    return (tensor != ignored).sum()
+
+
+def weight_rule(criterion: Any, override: Callable[[Any], Weight] | None = None) -> Callable[[Any], Weight]:
+    """Choose once per run how the weight of a batch is found.
+
+    The first rule that applies: the item `loss_weight` of a batch; the runner's overridden `loss_weight`; nothing for a
+    criterion that sums; targets not ignored, or their class weights; target elements; rows or samples.
+
+    Args:
+        criterion: what computes the loss.
+        override: the user's own rule.
+
+    Examples:
+        >>> batch = (torch.zeros(3, 5), torch.tensor([0, -100, 2]))
+        >>> weight_rule(nn.CrossEntropyLoss())(batch), weight_rule(nn.MSELoss())((None, torch.zeros(3, 2)))
+        (2, 6)
+        >>> weight_rule(nn.CrossEntropyLoss(reduction="sum"))(batch) is None
+        True
+        >>> weight_rule(lambda prediction, target: 0)(batch), weight_rule(None)({"loss_weight": 7})
+        (3, 7)
+    """
+    rule = override or _criterion_rule(criterion)
+
+    def weigh(batch: Any) -> Weight:
+        if isinstance(batch, Mapping) and "loss_weight" in batch:
+            weight = batch["loss_weight"]
+            return _host(weight.sum()) if isinstance(weight, Tensor) else weight
+        return rule(batch)
+
+    return weigh
+
+
+def _host(weight: Weight) -> Weight:
+    return weight.item() if isinstance(weight, Tensor) and weight.device.type == "cpu" else weight
+
+
+def _criterion_rule(criterion: Any) -> Callable[[Any], Weight]:
+    reduction = getattr(criterion, "reduction", None)
+    if reduction == "sum":
+        return lambda batch: None
+    if reduction != "mean" or isinstance(criterion, nn.CTCLoss):
+        return samples_in
+    ignored = getattr(criterion, "ignore_index", None)
+    if not isinstance(ignored, int):
+        return _count_targets
+    classes = getattr(criterion, "weight", None)
+    if isinstance(classes, Tensor):
+        return lambda batch: _class_weights(batch, ignored, criterion.weight)
+    return lambda batch: _count_classes(batch, ignored)
+
+
+def _packed(batch: Any) -> Tensor | None:
+    target = target_of(batch)
+    if type(target) is Tensor:
+        return target
+    packed = getattr(target, "concat", target)
+    return packed if isinstance(packed, Tensor) else None
+
+
+def _count_targets(batch: Any) -> Weight:
+    target = _packed(batch)
+    return samples_in(batch) if target is None else target.numel()
+
+
+def _rows(target: Tensor) -> float:
+    """Rows of class probabilities: the class dimension is the second, or the only one."""
+    classes = target.shape[1] if target.dim() > 1 else target.shape[0]
+    return target.numel() / classes
+
+
+def _count_classes(batch: Any, ignored: int) -> Weight:
+    target = _packed(batch)
+    if target is None:
+        return samples_in(batch)
+    return _rows(target) if target.is_floating_point() else count_elements(target, ignored)
+
+
+def _class_weights(batch: Any, ignored: int, classes: Tensor) -> Weight:
+    target = _packed(batch)
+    if target is None:
+        return samples_in(batch)
+    if target.is_floating_point():
+        return _rows(target)
+    kept = target != ignored
+    each = classes.to(target.device)[torch.where(kept, target, 0)]
+    return _host((each.double() * kept).sum())
