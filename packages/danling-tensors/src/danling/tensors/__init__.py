@@ -8,7 +8,11 @@ Example:
     torch.Size([2, 4, 5])
 """
 
+from torch.serialization import add_safe_globals as _add_safe_globals
+
 from danling.tensors import kernels
+from danling.tensors.collation import Collator, collate, register_collate, unregister_collate
+from danling.tensors.collation import enter_default as _enter_default
 from danling.tensors.layout import Layout
 from danling.tensors.nested_tensor import NestedTensor
 from danling.tensors.ops import load as _load
@@ -18,13 +22,25 @@ from danling.tensors.ops.table import (
     strict,
     supported_ops,
 )
+from danling.tensors.pn_tensor import PNTensor, tensor
+from danling.tensors.pn_tensor import mark as _mark
+from danling.tensors.serialization import rebuild as _rebuild
+
+_add_safe_globals([_rebuild, _mark])
+_enter_default()
 
 __all__ = [
+    "Collator",
     "Layout",
     "NestedTensor",
     "NestedTensorFallbackError",
     "NestedTensorFallbackWarning",
+    "PNTensor",
+    "collate",
     "kernels",
+    "register_collate",
     "strict",
     "supported_ops",
+    "tensor",
+    "unregister_collate",
 ]

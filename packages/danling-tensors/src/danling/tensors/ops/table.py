@@ -97,6 +97,8 @@ ALIASES = {
     "_softmax": "softmax",
     "_log_softmax": "log_softmax",
     "adjoint": "mH",
+    "log_sigmoid": "logsigmoid",
+    "_threshold": "threshold",
     "_unsafe_view": "view",
     "_reshape_alias": "view",
     "matrix_norm": "linalg_matrix_norm",

@@ -1,0 +1,566 @@
+"""Reductions over any dims: static ones on the values, ragged ones and the batch by segment kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danling.tensors import kernels
+from danling.tensors.layout import Layout
+from danling.tensors.nested_tensor import NestedTensor, values_of
+from danling.tensors.ops.base import batch_error, like, names
+from danling.tensors.ops.groups import Groups, group_rows
+from danling.tensors.ops.table import register
+
+
+class Plan:
+    """What a reduction with the given dims does to a layout.
+
+    Attributes:
+        whole: Everything is reduced, to a 0-d tensor.
+        groups: How rows come together; `None` when only static dims are reduced.
+        static: Dims of `values` that are reduced, ascending.
+    """
+
+    def __init__(self, func: Any, x: NestedTensor, dim: Any, keepdim: bool) -> None:
+        layout = x._layout
+        self.func, self.x, self.layout, self.keepdim = func, x, layout, keepdim
+        dims = [dim] if isinstance(dim, int) else list(dim or ())
+        self.dim = dim
+        element = [layout.element_dim(d) for d in dims]
+        if len(set(element)) != len(element):
+            raise RuntimeError(f"{names(func)}: a dim appears twice in {tuple(dims)}")
+        self.whole = not dims
+        self.batch = None in element or self.whole
+        reduced = set(range(layout.rank)) if self.whole else {d for d in element if d is not None}
+        self.ragged = tuple(j for j, d in enumerate(layout.ragged_dims) if d in reduced)
+        self.static = tuple(1 + j for j, d in enumerate(layout.static_dims) if d in reduced)
+        self.reduced = reduced
+        self.groups: Groups | None = None
+        if (self.batch or self.ragged) and not self.all_rows:
+            self.groups = group_rows(layout, self.batch, self.ragged)
+
+    @property
+    def all_rows(self) -> bool:
+        """Whether the batch and every ragged dim are reduced, i.e. dim 0 of `values`."""
+        return self.batch and len(self.ragged) == self.layout.segments.k
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows of each group, on the values' device."""
+        assert self.groups is not None
+        return self.groups.on("lengths", self.x._values.device)
+
+    @property
+    def per_row(self) -> int:
+        """Values of one row that are reduced together."""
+        return math.prod(self.layout.static_sizes[d - 1] for d in self.static)
+
+    def finish(self, out: Tensor) -> Any:
+        """Give a reduced tensor its place.
+
+        `out` is `(G, *kept static)` with groups, `(*kept static)` when all rows are reduced, `(R, *kept static)` when
+        only static dims are.
+        """
+        layout, keepdim = self.layout, self.keepdim
+        extra = out.dim() - (0 if self.all_rows else 1) - (len(layout.static_sizes) - len(self.static))
+        static = [size for j, size in enumerate(layout.static_sizes) if 1 + j not in self.static]
+        kept = [d for d in layout.static_dims if d not in self.reduced]
+        assert extra == 0
+        if self.groups is None and not self.all_rows:  # static dims only
+            ragged = layout.ragged_dims
+            if keepdim:
+                for d in self.static:
+                    out = out.unsqueeze(d)
+                return like(self.x, out, layout.with_static(tuple(out.shape[1:])))
+            new = tuple(d - sum(r < d for r in self.reduced) for d in ragged)
+            return like(self.x, out, layout.with_dims(new, tuple(static)))
+        ragged_kept = [d for d in layout.ragged_dims if d not in self.reduced]
+        if self.groups is not None and self.groups.segments is not None:  # ragged dims remain
+            segments = self.groups.segments
+            if keepdim:
+                sizes = [1 if d in self.reduced else 0 for d in range(layout.rank)]
+                for d, size in zip(kept, static):
+                    sizes[d] = size
+                others = [d for d in range(layout.rank) if d not in ragged_kept]
+                full = tuple(sizes[d] for d in others)
+                derived = layout.derive(
+                    ("keep", self.groups.key, full), lambda: Layout(segments, tuple(ragged_kept), full, layout.batch_first)
+                )
+                return like(self.x, out.reshape(out.shape[0], *full), derived)
+            new = tuple(d - sum(r < d for r in self.reduced) for d in ragged_kept)
+            derived = layout.derive(
+                ("drop", self.groups.key, new, tuple(static)),
+                lambda: Layout(segments, new, tuple(static), layout.batch_first),
+            )
+            return like(self.x, out, derived)
+        # Dense results: batch (unless reduced) and what is left of the element.
+        lead = () if self.all_rows else self.groups.sizes  # type: ignore[union-attr]
+        out = out.reshape(*lead, *static)
+        labels: list[Any] = ([] if self.batch else [None]) + (ragged_kept if self.batch else []) + kept
+        target = ([] if self.batch else [None]) + sorted(d for d in labels if d is not None)
+        if labels != target:
+            out = out.permute([labels.index(d) for d in target])
+        if keepdim:
+            for d in range(layout.rank):
+                if d in self.reduced:
+                    out = out.unsqueeze(d + (0 if self.batch else 1))
+            if self.batch:
+                out = out.unsqueeze(layout.batch_dim)
+        return out
+
+    def need_values(self) -> None:
+        """Let torch raise what it raises for a group without values.
+
+        Raises:
+            Exception: torch's own, naming the element.
+        """
+        if self.groups is None:
+            if self.all_rows and self.layout.rows == 0:
+                raise IndexError(f"{names(self.func)}: cannot reduce an empty batch, which has no identity")
+            return
+        offsets = self.groups.offsets
+        if self.groups.count and bool((offsets[1:] == offsets[:-1]).any()):
+            i = int((offsets[1:] == offsets[:-1]).nonzero()[0])
+            if self.groups.sizes and not self.batch:
+                where = f"element {i}"
+            else:
+                where = f"position {i}"
+            raise IndexError(f"{names(self.func)}: {where} has no values along dim {self.dim}, and there is no identity")
+
+    def expand(self, per_group: Tensor) -> Tensor:
+        """One value per group back to the (sorted) rows, static dims kept at size 1."""
+        if self.groups is None:
+            return per_group
+        offsets = self.groups.on("offsets", per_group.device)
+        return kernels.segment_expand(per_group, offsets, self.layout.rows)
+
+
+def run(
+    func: Any,
+    x: NestedTensor,
+    dim: Any,
+    keepdim: bool,
+    segment: Callable[[Plan, Tensor], Any],
+    **settings: Any,
+) -> Any:
+    """Reduce by `func` on values where only static dims or all rows are involved, else by `segment(plan, sorted)`."""
+    plan = Plan(func, x, dim, keepdim)
+    values = values_of(x)
+    if plan.whole and not keepdim:
+        return func(values.reshape(-1) if values.dim() != 1 else values, **settings)
+    if plan.groups is None:
+        dims = ((0,) if plan.all_rows else ()) + plan.static
+        out = func(values, dims if len(dims) > 1 else dims[0], False, **settings)
+    else:
+        out = segment(plan, plan.groups.sort(values))
+    if isinstance(out, tuple):
+        return tuple(plan.finish(o) for o in out)
+    return plan.finish(out)
+
+
+def _offsets(plan: Plan, values: Tensor) -> Tensor:
+    assert plan.groups is not None
+    return plan.groups.on("offsets", values.device)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Half precision widened, so that sums in two steps round once."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def segment_sum(plan: Plan, values: Tensor) -> Tensor:
+    """Sum of each group over its rows and the reduced static dims."""
+    if not plan.static:
+        return kernels.segment_sum(values, _offsets(plan, values))
+    wide = _wide(values)
+    if wide.dtype == torch.bool:
+        wide = wide.long()
+    out = kernels.segment_sum(wide.sum(plan.static), _offsets(plan, values))
+    return out.to(values.dtype) if wide.dtype != values.dtype and values.dtype.is_floating_point else out
+
+
+def _divisor(plan: Plan, like_: Tensor, correction: float = 0) -> Tensor:
+    counts = plan.counts * plan.per_row
+    counts = (counts - correction).clamp_min(0) if correction else counts
+    shape = (-1,) + (1,) * (like_.dim() - 1)
+    return counts.to(like_.real.dtype if like_.is_complex() else like_.dtype).view(shape)
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Any:
+    return x if dtype is None or x.dtype == dtype else x.to(dtype)
+
+
+@register("reduction", "sum", "nansum")
+def sum_(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
+    dim = axis if dim is None else dim
+    settings = {} if dtype is None else {"dtype": dtype}
+
+    def segment(plan: Plan, values: Tensor) -> Tensor:
+        if names(func) == "nansum" and values.is_floating_point():
+            values = torch.where(values.isnan(), 0, values)
+        return segment_sum(plan, _cast(values, dtype))
+
+    return run(func, x, dim, keepdim, segment, **settings)
+
+
+def segment_mean(plan: Plan, values: Tensor) -> Tensor:
+    """Mean of each group; NaN for an empty one."""
+    if not plan.static:
+        return kernels.segment_mean(values, _offsets(plan, values))
+    wide = segment_sum(plan, _wide(values))
+    return (wide / _divisor(plan, wide)).to(values.dtype)
+
+
+@register("reduction", "mean", "nanmean")
+def mean(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
+    dim = axis if dim is None else dim
+    settings = {} if dtype is None else {"dtype": dtype}
+    if dtype is None and not (x.dtype.is_floating_point or x.dtype.is_complex):
+        return func(x._values)  # raises
+
+    def segment(plan: Plan, values: Tensor) -> Tensor:
+        values = _cast(values, dtype)
+        if names(func) == "nanmean":
+            hole = values.isnan()
+            total = segment_sum(plan, torch.where(hole, 0, _wide(values)))
+            return (total / segment_sum(plan, hole.logical_not())).to(values.dtype)
+        return segment_mean(plan, values)
+
+    return run(func, x, dim, keepdim, segment, **settings)
+
+
+@register("reduction", "any", "all", "count_nonzero")
+def truth(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, axis: Any = None) -> Any:
+    dim = axis if dim is None else dim
+    name = names(func)
+
+    def base(values: Tensor, dims: Any = None, keep: bool = False) -> Tensor:
+        if dims is None:
+            return func(values)
+        return func(values, dims) if name == "count_nonzero" else func(values, dims, keep)
+
+    def segment(plan: Plan, values: Tensor) -> Tensor:
+        if name == "all":
+            out = segment_sum(plan, values == 0) == 0
+        else:
+            out = segment_sum(plan, values != 0)
+            if name == "count_nonzero":
+                return out
+            out = out > 0
+        return out.to(torch.uint8) if values.dtype == torch.uint8 else out
+
+    base.__name__ = name
+    return run(base, x, dim, keepdim, segment)
+
+
+class _Extremum(torch.autograd.Function):
+    """Largest or smallest value of each group; the gradient is shared evenly by ties."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor, largest: bool) -> Tensor:  # type: ignore[override]
+        out = (kernels.segment_max if largest else kernels.segment_min)(values, offsets)[0]
+        ctx.save_for_backward(values, offsets, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        values, offsets, out = ctx.saved_tensors
+        rows = values.shape[0]
+        top = kernels.segment_expand(out, offsets, rows)
+        ties = (values == top) | (values.isnan() & top.isnan())
+        share = grad / kernels.segment_sum(ties, offsets).to(grad.dtype)
+        return torch.where(ties, kernels.segment_expand(share, offsets, rows), 0), None, None
+
+
+def segment_extremum(plan: Plan, values: Tensor, largest: bool) -> Tensor:
+    """`amax` or `amin` of each group."""
+    plan.need_values()
+    if plan.static:
+        values = (torch.amax if largest else torch.amin)(values, plan.static)
+    offsets = _offsets(plan, values)
+    if values.dtype == torch.bool:
+        return _Extremum.apply(values.to(torch.uint8), offsets, largest).bool()
+    return _Extremum.apply(values, offsets, largest)
+
+
+@register("reduction", "amax", "amin")
+def amax(func: Any, x: NestedTensor, dim: Any = (), keepdim: bool = False) -> Any:
+    largest = names(func) == "amax"
+    plan = Plan(func, x, dim, keepdim)
+    plan.need_values()
+    return run(func, x, dim, keepdim, lambda plan, values: segment_extremum(plan, values, largest))
+
+
+@register("reduction", "aminmax")
+def aminmax(func: Any, x: NestedTensor, *, dim: Any = None, keepdim: bool = False) -> Any:
+    kind = torch.return_types.aminmax  # type: ignore[attr-defined]
+    if dim is None:
+        return func(values_of(x))
+    return kind([torch.amin(x, dim, keepdim), torch.amax(x, dim, keepdim)])
+
+
+def segment_pick(plan: Plan, values: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
+    """`max(dim)` or `min(dim)` of each group: values, and positions along the reduced dim."""
+    plan.need_values()
+    source = values.to(torch.uint8) if values.dtype == torch.bool else values
+    best, at = (kernels.segment_max if largest else kernels.segment_min)(source, _offsets(plan, values))
+    return best.to(values.dtype), _positions(plan, at)
+
+
+def _positions(plan: Plan, at: Tensor) -> Tensor:
+    """Positions inside groups as coordinates along the reduced dim (batch indices when that is the batch)."""
+    groups = plan.groups
+    assert groups is not None
+    if not plan.batch:
+        return at
+    start = groups.on("offsets", at.device)[:-1].view(-1, *[1] * (at.dim() - 1))
+    position = groups.sort(groups.on("position", at.device))
+    if position.numel() == 0:
+        return at
+    return position[(start + at).clamp_max(position.shape[0] - 1)]
+
+
+@register("reduction", "max", "min")
+def max_(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    other = args[0] if args else kwargs.get("other")
+    name = names(func)
+    if isinstance(other, Tensor):
+        return (torch.maximum if name == "max" else torch.minimum)(x, other)
+    if not args and "dim" not in kwargs:
+        values = values_of(x)
+        if values.numel() == 0:
+            return func(values.reshape(-1))
+        return func(values)
+    return _max_dim(func, x, *args, **kwargs)
+
+
+def _max_dim(func: Any, x: NestedTensor, dim: Any, keepdim: bool = False) -> Any:
+    name = names(func)
+    kind = getattr(torch.return_types, name)
+    if not isinstance(dim, int):
+        raise TypeError(f"{name}: dim must be an int, got {type(dim).__name__}")
+    plan = Plan(func, x, dim, keepdim)
+    values = values_of(x)
+    if plan.groups is None and plan.all_rows:  # the batch of elements without ragged dims
+        return kind([plan.finish(o) for o in func(values, 0)])
+    if plan.groups is None:
+        return kind([plan.finish(o) for o in func(values, plan.static[0])])
+    out = segment_pick(plan, plan.groups.sort(values), name == "max")
+    return kind([plan.finish(o) for o in out])
+
+
+@register("reduction", "argmax", "argmin")
+def argmax(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False) -> Any:
+    if dim is None:
+        flat = x.flatten()
+        return func(flat) if not keepdim else func(flat).reshape((1,) * x.dim())
+    plan = Plan(func, x, dim, keepdim)
+    values = values_of(x)
+    if plan.groups is None:
+        return plan.finish(func(values, 0 if plan.all_rows else plan.static[0]))
+    return plan.finish(segment_pick(plan, plan.groups.sort(values.detach()), names(func) == "argmax")[1])
+
+
+@register("reduction", "prod")
+def prod(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    settings = {} if dtype is None else {"dtype": dtype}
+
+    def segment(plan: Plan, values: Tensor) -> Tensor:
+        groups = plan.groups
+        assert groups is not None
+        values = _cast(values, dtype)
+        if not (values.is_floating_point() or values.is_complex()) and dtype is None:
+            values = values.long()
+        wide = _wide(values)
+        index = groups.on("group", values.device)
+        index = index.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
+        ones = wide.new_ones(groups.count, *values.shape[1:])
+        return ones.scatter_reduce(0, index, wide, "prod").to(values.dtype)
+
+    return run(func, x, dim, keepdim, segment, **settings)
+
+
+def _safe_sqrt(x: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0, as that of torch's `std` and `norm`."""
+    zero = x == 0
+    return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
+
+
+@register("reduction", "var", "std", "var_mean", "std_mean")
+def var(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+    dim, keepdim, correction = _var_arguments(*args, **kwargs)
+    name = names(func)
+
+    def base(values: Tensor, dims: Any = None, keep: bool = False) -> Any:
+        return func(values, dims, correction=correction, keepdim=keep)
+
+    def segment(plan: Plan, values: Tensor) -> Any:
+        wide = _wide(values)
+        mean = segment_sum(plan, wide)
+        mean = mean / _divisor(plan, mean)
+        centre = plan.expand(mean)
+        for d in plan.static:
+            centre = centre.unsqueeze(d)
+        off = wide - centre
+        square = (off * off.conj()).real if off.is_complex() else off * off
+        total = segment_sum(plan, square)
+        out = total / _divisor(plan, total, correction)
+        if name.startswith("std"):
+            out = _safe_sqrt(out)
+        kind = values.real.dtype if values.is_complex() else values.dtype
+        out = out.to(kind)
+        return (out, mean.to(values.dtype)) if name.endswith("_mean") else out
+
+    base.__name__ = name
+    return run(base, x, dim, keepdim, segment)
+
+
+def _var_arguments(
+    dim: Any = None, unbiased: Any = True, keepdim: bool = False, *, correction: Any = None, axis: Any = None
+) -> tuple[Any, bool, float]:
+    if isinstance(dim, bool):  # var(x, unbiased)
+        dim, unbiased = None, dim
+    if correction is None:
+        correction = 1 if unbiased else 0
+    return (axis if dim is None else dim), keepdim, correction
+
+
+@register("reduction", "logsumexp")
+def logsumexp(func: Any, x: NestedTensor, dim: Any, keepdim: bool = False) -> Any:
+    def segment(plan: Plan, values: Tensor) -> Tensor:
+        wide = values.to(torch.get_default_dtype()) if not values.is_floating_point() else values
+        if plan.static:
+            wide = torch.logsumexp(wide, plan.static)
+        return kernels.segment_logsumexp(wide, _offsets(plan, values))
+
+    return run(func, x, dim, keepdim, segment)
+
+
+def segment_norm(plan: Plan, values: Tensor, order: float) -> Tensor:
+    """Vector norm of each group."""
+    wide = _wide(values).abs()
+    if order == math.inf or order == -math.inf:
+        if order == math.inf and plan.groups is not None and bool((plan.groups.offsets.diff() == 0).any()):
+            out = _norm_of_maybe_empty(plan, wide)
+        else:
+            out = segment_extremum(plan, wide, order > 0)
+    elif order == 0:
+        out = segment_sum(plan, wide != 0).to(wide.dtype)
+    elif order == 1:
+        out = segment_sum(plan, wide)
+    elif order == 2:
+        real = _wide(values)
+        square = real * real if not real.is_complex() else (real * real.conj()).real
+        out = _safe_sqrt(segment_sum(plan, square))
+    else:
+        total = segment_sum(plan, wide.pow(order))
+        zero = total == 0
+        out = torch.where(zero, 0, torch.where(zero, 1, total).pow(1.0 / order))
+    return out.to(values.real.dtype if values.is_complex() else values.dtype)
+
+
+def _norm_of_maybe_empty(plan: Plan, wide: Tensor) -> Tensor:
+    if not plan.batch:
+        plan.need_values()
+    if plan.static:
+        wide = torch.amax(wide, plan.static)
+    return _Extremum.apply(wide, _offsets(plan, wide), True).clamp_min(0)
+
+
+@register("reduction", "norm", "linalg_vector_norm", "linalg_norm")
+def norm(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+    order, dim, keepdim, dtype = _norm_arguments(*args, **kwargs)
+    name = names(func)
+    if dtype is not None:
+        x = x.to(dtype)
+    matrix = name != "linalg_vector_norm" and (
+        isinstance(order, str) or (name == "linalg_norm" and isinstance(dim, (tuple, list)) and len(dim) == 2)
+    )
+    if matrix and not (dim is None and order == "fro") and not (order == "fro" and isinstance(dim, int)):
+        if dim is None:
+            dim = (-2, -1)
+        return torch.linalg.matrix_norm(x, "fro" if order is None else order, dim, keepdim)
+    order = 2.0 if order is None or isinstance(order, str) else float(order)
+
+    def base(values: Tensor, dims: Any = None, keep: bool = False) -> Tensor:
+        return torch.linalg.vector_norm(values, order, dims, keep)
+
+    base.__name__ = name
+    return run(base, x, dim, keepdim, lambda plan, values: segment_norm(plan, values, order))
+
+
+def _norm_arguments(
+    p: Any = None, dim: Any = None, keepdim: bool = False, *extra: Any, ord: Any = None, dtype: Any = None, out: Any = None
+) -> tuple[Any, Any, bool, Any]:
+    return (p if ord is None else ord), dim, keepdim, dtype
+
+
+@register("reduction", "linalg_matrix_norm")
+def matrix_norm(
+    func: Any, x: NestedTensor, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    layout = x._layout
+    if dtype is not None:
+        x = x.to(dtype)
+    if ord == "fro":
+        return torch.linalg.vector_norm(x, 2, dim, keepdim)
+    dims = [layout.element_dim(d) for d in dim]
+    if None in dims:
+        raise batch_error(func, dim)
+    if any(d in layout.ragged_dims for d in dims):
+        from danling.tensors.ops.grouped import run_grouped
+
+        left = [d for d in layout.ragged_dims if d not in dims]
+        if keepdim:
+            ragged = tuple(left)
+        else:
+            ragged = tuple(d - sum(r < d for r in dims) for d in left)  # type: ignore[operator]
+        return run_grouped(lambda v: func(v, ord, [d + 1 for d in dims], keepdim), x, ragged=ragged, like=x)  # type: ignore[operator]
+    plan = Plan(func, x, tuple(dim), keepdim)
+    return plan.finish(func(values_of(x), ord, [layout.values_dim(d) for d in dims]))  # type: ignore[arg-type]
+
+
+@register("reduction", "dist")
+def dist(func: Any, x: Any, y: Any, p: float = 2.0) -> Tensor:
+    return torch.linalg.vector_norm(x - y, p)
+
+
+@register("reduction", "trapezoid", "trapz", "cumulative_trapezoid")
+def trapezoid(func: Any, y: NestedTensor, x: Any = None, *, dx: float = 1.0, dim: int = -1) -> Any:
+    if x is not None and not isinstance(x, NestedTensor) and x.dim() == 1:
+        d = y._layout.element_dim(dim)
+        if d is not None:
+            x = x.reshape([-1 if e == d else 1 for e in range(y._layout.rank)])
+    steps = dx if x is None else _differences(x, y, dim)
+    left, right = _without_last(y, dim), _without_first(y, dim)
+    pieces = (left + right) * (steps * 0.5)
+    return torch.cumsum(pieces, dim) if names(func).startswith("cumulative") else torch.sum(pieces, dim)
+
+
+def _differences(x: Any, y: NestedTensor, dim: int) -> Any:
+    if not isinstance(x, NestedTensor):
+        x = torch.zeros_like(y) + x
+    return _without_first(x, dim) - _without_last(x, dim)
+
+
+def _cut(x: NestedTensor, dim: int, piece: slice) -> Any:
+    d = x._layout.element_dim(dim)
+    if d is None:
+        raise ValueError(f"trapezoid along the batch dim {dim} would read padding; use .tensor")
+    return x[(slice(None),) * (d + 1) + (piece,)]
+
+
+def _without_first(x: NestedTensor, dim: int) -> Any:
+    return _cut(x, dim, slice(1, None))
+
+
+def _without_last(x: NestedTensor, dim: int) -> Any:
+    return _cut(x, dim, slice(None, -1))
+
+
+__all__ = ["Plan", "run", "segment_extremum", "segment_mean", "segment_norm", "segment_sum"]
