@@ -65,7 +65,8 @@ class Collator:
             "mask_value": mask_value,
             "ragged_dims": ragged_dims if ragged_dims is None or isinstance(ragged_dims, int) else tuple(ragged_dims),
         }
-        NestedTensor(**self.settings)  # settings of the wrong kind are refused here, not in a worker
+        # Settings of the wrong kind are refused here, not in a worker; ragged_dims need the rank of the samples.
+        NestedTensor(batch_first=batch_first, padding_value=padding_value, mask_value=mask_value)
         self.fields = {key: dict(value) for key, value in (fields or {}).items()}
         for key, value in self.fields.items():
             unknown = set(value) - set(_SETTINGS)

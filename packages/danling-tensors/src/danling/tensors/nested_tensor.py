@@ -22,6 +22,9 @@ _grad_enabled = torch.is_grad_enabled
 
 Flags = tuple[Any, bool]  # padding_value, mask_value
 
+FIRST: set[type] = set()
+"""Tensor types that handle an op themselves when they meet a NestedTensor in it."""
+
 
 def wrap(values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:
     """A NestedTensor over packed `values`, connected to them in the autograd graph.
@@ -304,6 +307,8 @@ class NestedTensor(Autograd, Serialization, torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if len(types) > 1 and not FIRST.isdisjoint(types):
+            return NotImplemented
         rule = TABLE.get(func)
         if rule is None:
             rule = resolve(func)

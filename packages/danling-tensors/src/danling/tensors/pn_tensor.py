@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from danling.tensors.nested_tensor import NestedTensor
+from danling.tensors.nested_tensor import FIRST, NestedTensor
 
 
 class PNTensor(torch.Tensor):
@@ -75,6 +75,8 @@ class PNTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return "PN" + repr(self.tensor)
 
+
+FIRST.add(PNTensor)
 
 _KEEPING = {torch.Tensor.requires_grad_}
 
