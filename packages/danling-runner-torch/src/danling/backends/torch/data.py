@@ -28,7 +28,7 @@ def is_map_style(dataset: Any) -> bool:
 class SplitLoader(StatefulDataLoader):
     """A `StatefulDataLoader` that knows its split.
 
-    With a danling sampler its state is the epoch and the samples consumed: independent of workers, ranks and batch size.
+    With a danling sampler its state is the epoch and the samples consumed, whatever the workers, ranks and batch size.
     With an iterable dataset it is the dataset's own state, per worker, and fits the same numbers of workers and ranks
     only. A state at the end of an epoch stands for the start of the next: no epoch is ever empty.
     """
@@ -128,7 +128,7 @@ class ShardIterator:
         worker = get_worker_info()
         self._seeded = None if worker is None else (shard.seed, shard.split, shard.epoch, shard.rank, worker.id)
         self.items = 0
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Any = None
 
     def __iter__(self) -> ShardIterator:
         return self
@@ -163,15 +163,15 @@ class ShardIterator:
         """
         if not {"dataset", "iterator"} & state.keys():
             raise ResumeError(
-                f"the iterable dataset of split {self.shard.split!r} has no state_dict and load_state_dict: its position "
-                "in the epoch cannot be restored; give it both, or resume from a checkpoint of a whole epoch"
+                f"the iterable dataset of split {self.shard.split!r} has no state_dict and load_state_dict: its "
+                "position in the epoch cannot be restored; give it both, or resume from a checkpoint of a whole epoch"
             )
         self.items = state["items"]
         if "dataset" in state:
             self.shard.dataset.load_state_dict(state["dataset"])
         self._iterator = iter(self.shard.dataset)
         if "iterator" in state:
-            self._iterator.load_state_dict(state["iterator"])  # type: ignore[attr-defined]
+            self._iterator.load_state_dict(state["iterator"])
 
 
 def _has_state(part: Any) -> bool:

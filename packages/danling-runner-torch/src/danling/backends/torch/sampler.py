@@ -17,9 +17,9 @@ class StatefulSampler(Sampler):
     """A batch sampler whose position is the number of samples that all ranks have consumed in the epoch.
 
     The order of epoch *e* is a permutation seeded by (seed, split, e), or the order of the dataset. Micro-batch *j*
-    takes the next `batch_size * data_ranks` indices, rank *r* the *r*-th block of them; what is left at the end is dealt
-    as evenly as possible, or left out with `drop_last`. Any position can be the start of an iteration, whatever batch
-    size and number of ranks led there: what follows is exactly the rest of the epoch.
+    takes the next `batch_size * data_ranks` indices, rank *r* the *r*-th block of them; what is left at the end is
+    dealt as evenly as possible, or left out with `drop_last`. Any position can be the start of an iteration, whatever
+    batch size and number of ranks led there: what follows is exactly the rest of the epoch.
 
     In training every rank gets the same number of micro-batches: a rank for which nothing is left repeats one sample,
     which `is_filler` tells. In evaluation such a rank just has one batch less.
@@ -187,7 +187,7 @@ def build_sampler(
             raise ConfigError(f"the dataset of split {split!r} is empty")
         raise ConfigError(
             f"split {split!r} has {sampler.length} samples, less than one batch of {batch_size} on each of "
-            f"{data_ranks} ranks, and dataloader.drop_last leaves incomplete batches out: an epoch would train nothing; "
-            "lower dataloader.batch_size or set dataloader.drop_last to false"
+            f"{data_ranks} ranks, and dataloader.drop_last leaves incomplete batches out: an epoch would train "
+            "nothing; lower dataloader.batch_size or set dataloader.drop_last to false"
         )
     return sampler

@@ -39,7 +39,7 @@ def seed_everything(seed: int) -> None:
 
 
 class IndexBatch(list):
-    """The indices of one micro-batch, with the epoch and the samples consumed before it, also on the way to a worker."""
+    """The indices of a micro-batch, with the epoch and the samples consumed before it, also on the way to a worker."""
 
     epoch: int
     position: int
