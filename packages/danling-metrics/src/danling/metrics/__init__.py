@@ -11,19 +11,63 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "AverageMeter": "meters",
     "AverageMeters": "meters",
+    "GlobalMetrics": "containers",
+    "METRICS": "registry",
+    "MetricFunc": "functional.descriptor",
+    "MetricMeter": "stream",
+    "MetricMeters": "stream",
+    "MetricState": "state",
     "MetricSyncError": "errors",
+    "MultiTaskMetrics": "multitask",
     "NonFinitePredictionWarning": "errors",
+    "OnlineMetrics": "online",
     "RoundDict": "round_dict",
+    "StreamMetrics": "stream",
     "UndefinedMetricWarning": "errors",
+    "binary_metrics": "factories",
+    "multiclass_metrics": "factories",
+    "multilabel_metrics": "factories",
+    "regression_metrics": "factories",
 }
-_MODULES = ()
+_MODULES = ("functional", "preprocess")
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "METRICS",
+    "AverageMeter",
+    "AverageMeters",
+    "GlobalMetrics",
+    "MetricFunc",
+    "MetricMeter",
+    "MetricMeters",
+    "MetricState",
+    "MetricSyncError",
+    "MultiTaskMetrics",
+    "NonFinitePredictionWarning",
+    "OnlineMetrics",
+    "RoundDict",
+    "StreamMetrics",
+    "UndefinedMetricWarning",
+    "binary_metrics",
+    "functional",
+    "multiclass_metrics",
+    "multilabel_metrics",
+    "preprocess",
+    "regression_metrics",
+]
 
 if TYPE_CHECKING:
+    from . import functional, preprocess
+    from .containers import GlobalMetrics
     from .errors import MetricSyncError, NonFinitePredictionWarning, UndefinedMetricWarning
+    from .factories import binary_metrics, multiclass_metrics, multilabel_metrics, regression_metrics
+    from .functional.descriptor import MetricFunc
     from .meters import AverageMeter, AverageMeters
+    from .multitask import MultiTaskMetrics
+    from .online import OnlineMetrics
+    from .registry import METRICS
     from .round_dict import RoundDict
+    from .state import MetricState
+    from .stream import MetricMeter, MetricMeters, StreamMetrics
 
 
 def __getattr__(name: str) -> Any:
