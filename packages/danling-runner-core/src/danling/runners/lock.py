@@ -9,7 +9,7 @@ import socket
 import time
 import warnings
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .errors import RunBusyError
 
@@ -48,14 +48,14 @@ class RunLock:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        self._file: IO[bytes] | None = None
+        self._fd: int | None = None
         self._pid: int | None = None
         self._key: str | None = None
 
     @property
     def held(self) -> bool:
         """Whether this object holds the lock in this process."""
-        return self._file is not None and self._pid == os.getpid()
+        return self._fd is not None and self._pid == os.getpid()
 
     def acquire(self) -> None:
         """Take the lock.
@@ -72,42 +72,42 @@ class RunLock:
             raise RunBusyError(_busy(self.directory, "another runner of this process"))
         deadline = time.monotonic() + 0.3  # somebody who only looks holds it for an instant
         while True:
-            file = open(self.directory / LOCK_NAME, "a+b")
+            fd = os.open(self.directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
             try:
-                if not self._lock(file):
+                if not self._lock(fd):
                     if time.monotonic() < deadline:
-                        file.close()
+                        os.close(fd)
                         time.sleep(0.02)
                         continue
                     holder = read_holder(self.directory)
                     raise RunBusyError(_busy(self.directory, _describe(holder)))
-                if not self._still_there(file):  # the directory was set aside between open and lock
-                    file.close()
+                if not self._still_there(fd):  # the directory was set aside between open and lock
+                    os.close(fd)
                     self.directory.mkdir(parents=True, exist_ok=True)
                     continue
-                self._sign(file)
+                self._sign(fd)
             except BaseException:
-                file.close()
+                os.close(fd)
                 raise
             break
-        self._file, self._pid, self._key = file, os.getpid(), key
+        self._fd, self._pid, self._key = fd, os.getpid(), key
         _held[key] = self
 
     def release(self) -> None:
         """Give the lock up; does nothing when it is not held."""
         if not self.held:
             return
-        assert self._file is not None and self._key is not None
+        assert self._fd is not None and self._key is not None
         _held.pop(self._key, None)
-        file, self._file = self._file, None
-        file.close()
+        fd, self._fd = self._fd, None
+        os.close(fd)
 
-    def _lock(self, file: IO[bytes]) -> bool:
+    def _lock(self, fd: int) -> bool:
         if fcntl is None:
             _warn_once("this platform has no file locks")
             return True
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
@@ -117,22 +117,20 @@ class RunLock:
             raise
         return True
 
-    def _still_there(self, file: IO[bytes]) -> bool:
+    def _still_there(self, fd: int) -> bool:
         try:
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.directory / LOCK_NAME))
+            return os.path.samestat(os.fstat(fd), os.stat(self.directory / LOCK_NAME))
         except FileNotFoundError:
             return False
 
-    def _sign(self, file: IO[bytes]) -> None:
+    def _sign(self, fd: int) -> None:
         holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "start": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps(holder).encode())
-        file.flush()
+        os.ftruncate(fd, 0)
+        os.write(fd, json.dumps(holder).encode())
 
 
 def is_locked(directory: str | os.PathLike[str]) -> bool:
@@ -156,8 +154,8 @@ def read_holder(directory: str | os.PathLike[str]) -> dict[str, Any]:
     mine = _held.get(_key(directory))
     try:
         if mine is not None and mine.held:  # opening and closing the file would release the lock
-            assert mine._file is not None
-            text = os.pread(mine._file.fileno(), 4096, 0)
+            assert mine._fd is not None
+            text = os.pread(mine._fd, 4096, 0)
         else:
             text = (directory / LOCK_NAME).read_bytes()
         holder = json.loads(text)

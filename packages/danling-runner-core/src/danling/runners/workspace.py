@@ -230,7 +230,7 @@ class Workspace:
         if action not in ("warn", "raise", "ignore"):
             raise ValueError(f"action must be warn, raise or ignore, got {action!r}")
         try:
-            empty = all(entry.name == LOCK_NAME for entry in os.scandir(self.dir))
+            empty = all(name == LOCK_NAME for name in os.listdir(self.dir))
         except FileNotFoundError:
             return True
         if empty or action == "ignore":
