@@ -162,13 +162,13 @@ BAR = """
     bar = console.start_progress(total=40, completed=10, epochs=4)
     assert sys.stdout is out and sys.stderr is err
     for step in range(11, 41):
-        time.sleep(0.02)
+        time.sleep(0.01)
         bar.advance(step, (step - 1) // 10)
         if step % 10 == 0:
             console.log("train", step, 40, {{"loss": 1 / step}})
             bar.start_evaluation("val", 5)
             for batch in range(5):
-                time.sleep(0.06)
+                time.sleep(0.02)
                 bar.advance_evaluation(batch + 1)
             bar.end_evaluation()
             console.logger.info("row of step %d", step)
@@ -194,10 +194,14 @@ def test_the_bar_on_a_terminal():
     last = next(line for line in screen(text) if line.startswith("epoch 4/4"))
     assert "40/40" in last and "loss 0.0250" in last and "/s" in last and "ETA" not in last
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    assert "ETA" in plain and re.search(r"  val +\S+ [1-5]/5", plain)
+    assert "ETA" in plain
+    evaluation = plain[plain.index("  val ") : plain.index("row of step 20")]
+    assert re.search(r"20/40 .*loss 0.0500\r\n  val +\S+ 1/5", evaluation)  # where the run stands, and the second bar
+    between = plain[plain.index("row of step 20") : plain.index("row of step 30")]
+    assert "  val " not in between[: between.index("30/40")]  # which goes when the evaluation is over
     assert "train [20/40]" not in plain  # the bar shows it; the line is for the log file
     drawn = text.count("epoch ")
-    assert drawn <= 4 * 1.6 + 3 * 4 + 3, f"drawn {drawn} times in about 1.6 s"
+    assert drawn <= 4 * 0.6 + 3 * 6 + 3, f"drawn {drawn} times in about 0.6 s"
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is there
 
 

@@ -95,7 +95,7 @@ def resolve_stack(config: Mapping[str, Any], *, checkpoint_stack: str | None = N
     if asked != "auto":
         name = ALIASES.get(asked, asked)
         _entry_point(name)
-        return StackChoice(name, f"stack: {asked}")
+        return StackChoice(name, "asked for")
     sections = [name for name in ("deepspeed", "accelerate") if _get(config, name) is not None]
     if len(sections) > 1:
         raise StackError("both `deepspeed` and `accelerate` are configured; choose with `stack`")

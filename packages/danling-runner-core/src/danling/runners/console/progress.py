@@ -54,8 +54,8 @@ class Progress:
 
     def advance(self, global_step: int, epoch: int) -> None:
         """Note that an update is done; draws if the last drawing is old enough."""
+        self._step, self._epoch = global_step, epoch
         if time.monotonic() >= self._due:
-            self._step, self._epoch = global_step, epoch
             self._draw()
 
     def log(self, values: Mapping[str, Any]) -> None:
@@ -79,6 +79,7 @@ class Progress:
         """Take the second bar away."""
         if (task := self._tasks.pop("evaluate", None)) is not None:
             self._bars.remove_task(task)
+            self._draw()
 
     def close(self, global_step: int | None = None, epoch: int | None = None) -> None:
         """Draw the last state and leave it on the screen. Idempotent."""
