@@ -66,6 +66,7 @@ class Progress:
         """Show a second bar of ``total`` batches."""
         if self._bars is not None:
             self.end_evaluation()
+            self._bars.update(self._tasks["train"], completed=self._step)
             self._tasks["evaluate"] = self._bars.add_task(f"  {split}", total=total, info="")
             self._due = 0.0
 
