@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/version.h>
 
 #include <cstdint>
 #include <optional>
@@ -175,5 +176,14 @@ inline bool is_integral(ScalarType dtype) {
 inline int32_t int64_code() {
   return aoti_torch_dtype_int64();
 }
+
+// What the library was built with, as "key=value;..."; read by danling.tensors.kernels.info().
+#define DANLING_TEXT(...) #__VA_ARGS__
+#define DANLING_EXPANDED(...) DANLING_TEXT(__VA_ARGS__)
+#define DANLING_BUILT_WITH(more)                                                     \
+  extern "C" __attribute__((visibility("default"))) const char* danling_built_with() { \
+    return "torch=" DANLING_EXPANDED(TORCH_VERSION_MAJOR) "." DANLING_EXPANDED(      \
+        TORCH_VERSION_MINOR) "." DANLING_EXPANDED(TORCH_VERSION_PATCH) more;         \
+  }
 
 } // namespace danling

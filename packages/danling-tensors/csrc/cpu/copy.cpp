@@ -438,3 +438,5 @@ STABLE_TORCH_LIBRARY_IMPL(danling, CPU, m) {
 }
 
 } // namespace danling
+
+DANLING_BUILT_WITH(";compiler=" __VERSION__)

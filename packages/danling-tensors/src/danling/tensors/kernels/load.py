@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from pathlib import Path
@@ -45,6 +46,9 @@ def _load(device: str) -> dict[str, Any]:
         )
         return state
     state["loaded"] = True
+    built_with = ctypes.CDLL(str(path)).danling_built_with
+    built_with.restype = ctypes.c_char_p
+    state["built_with"] = dict(item.split("=", 1) for item in built_with().decode().split(";"))
     return state
 
 
