@@ -542,6 +542,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
             self._loop = Loop(self, train_splits, evaluate_splits)
             if self._loop.complete and self.train_state.phase != "evaluate":
                 self.logger.info("nothing to train: the budget is used up (%s)", self._where())
+                self.train_state.phase = "done"
                 self._outcome = ("finished", "budget already used")
                 return self.results
             self._announce()

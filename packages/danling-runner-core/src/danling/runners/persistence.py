@@ -250,7 +250,7 @@ class Persistence:
         excluded = self._excluded()
         self.load_state_dict(payload["record"])
         self.load_model(payload["model"])
-        for name in ("ema", "optimizer", "scheduler", "grad_scaler", "dataloaders", "own", "rng"):
+        for name in ("ema", "optimizer", "scheduler", "grad_scaler", "dataloaders", "rng"):
             if name in excluded or not self._has_component(name):
                 continue
             if payload.get(name) is None:

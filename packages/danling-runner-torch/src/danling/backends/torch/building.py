@@ -12,12 +12,14 @@ from torch import nn
 
 from .activation import apply_activation_checkpointing
 from .compiling import compile_model, load_artifacts, save_artifacts
+from .data import build_dataloader, is_map_style
 from .ema import EMASchedule, build_ema
 from .fp8 import convert_to_fp8
 from . import payload
 from .payload import clean_name
 from .precision import Precision
 from .profiling import StepProfiler
+from .sampler import build_sampler
 from .weights import weight_rule
 
 if TYPE_CHECKING:
@@ -37,12 +39,10 @@ class Building(_Host):
         for split, dataset in self.datasets.items():
             if split in self.dataloaders or dataset is None:
                 continue
-            from .data import build_dataloader
-
             options = self.loader_options(split)
             shuffle = options.pop("shuffle", None)
             shuffle = split in train if shuffle is None else shuffle
-            if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+            if is_map_style(dataset):
                 self.datasamplers.setdefault(split, self.build_datasampler(dataset, split, shuffle))
             self.dataloaders[split] = build_dataloader(
                 dataset,
@@ -53,12 +53,17 @@ class Building(_Host):
                 seed=self.rng_state.seed,
                 rank=self.data_rank,
                 device=self.device,
+                ranks=self.data_degree,
+                train=split in train,
             )
+
+    def pass_length(self, split: str) -> int | None:
+        """Micro-batches of one whole pass over a split on this rank; None when unknown."""
+        sampler = self.datasamplers.get(split)
+        return super().pass_length(split) if sampler is None else sampler.pass_length()
 
     def build_datasampler(self, dataset: Any, split: str, shuffle: bool) -> Any:
         """Return the batch sampler of a map-style split."""
-        from .sampler import build_sampler
-
         options = self.loader_options(split)
         train = split in self.train_splits
         drop_last = options.get("drop_last")

@@ -137,6 +137,8 @@ class Restoring(_Host):
         """Restore the full state of a run; see `BaseRunner.load_checkpoint`."""
         payload = self.read_checkpoint(src)
         super().load_checkpoint(payload)
+        if "ema_updates" in payload and "ema" not in self._excluded() and self._ema_weights() is not None:
+            self.ema.n_averaged.copy_(payload["ema_updates"])
         if "meters" in payload:
             self._meters[True].load_state_dict(payload["meters"])
         if "metrics" in payload and hasattr(self.train_metrics, "load_state_dict"):
@@ -168,11 +170,6 @@ class Restoring(_Host):
             self.ema.load_state_dict(state)
         else:
             load_model_state(self.ema, state)
-
-    def load_ema_updates(self, count: Tensor) -> None:
-        """Restore how often the average was updated."""
-        if self._ema_weights() is not None:
-            self.ema.n_averaged.copy_(count)
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
         """Load the optimizer, by parameter name."""
