@@ -1,5 +1,9 @@
-"""Import every rule file, which enters its rules in the table."""
+"""Import every rule file beside this one, which enters its rules in the table."""
 
-from danling.tensors.ops import pointwise, reductions
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["pointwise", "reductions"]
+from danling.tensors import ops
+
+for _module in iter_modules(ops.__path__):
+    import_module(f"danling.tensors.ops.{_module.name}")
