@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..configfile import plain
-from ..console.text import format_number, table
 from ..identity import differences, excluded, flatten, identity_view
-from ..trackers.base import flatten as scalars
+from ..scalars import flatten as scalars
+from ..text import format_number, table
 from .output import add_json, print_json, width
 from .run_files import RunFiles, find_run
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import read_json, read_yaml, restore_nonfinite
-from ..configfile import parse_yaml
 from ..lock import is_locked
 from .main import CommandError
 
@@ -142,6 +141,8 @@ def find_runs(root: str) -> Iterator[RunFiles]:
 
 def _read_config(path: Path) -> Any:
     import yaml
+
+    from ..configfile import parse_yaml
 
     try:
         return restore_nonfinite(parse_yaml(path.read_text(encoding="utf-8")))

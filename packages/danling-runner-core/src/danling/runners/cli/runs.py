@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from ..console.text import format_duration, format_number, table
+from ..text import format_duration, format_number, table
 from .main import CommandError
 from .output import add_json, print_json
 from .run_files import RunFiles, find_runs

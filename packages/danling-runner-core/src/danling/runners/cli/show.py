@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..configfile import dump_yaml
-from ..console.text import block, evaluation_table, format_duration, format_number, format_size, table
+from ..text import block, evaluation_table, format_duration, format_number, format_size, table
 from .checkpoints import list_checkpoints
 from .output import add_json, print_json, width
 from .run_files import RunFiles, find_run

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 
-from ..console.text import table
 from ..discovery import StackInfo, load_engine, stacks
 from ..errors import StackError
+from ..text import table
 from .output import add_json, print_json
 
 

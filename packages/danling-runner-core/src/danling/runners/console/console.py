@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..problems import Problems
+from ..text import block, evaluation_table, values_line
 from .progress import Progress
-from .text import block, evaluation_table, values_line
 
 _FILE_ONLY = "danling_file_only"
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from .text import format_duration, format_number
+from ..text import format_duration, format_number
 
 REDRAW_SECONDS = 0.25
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..trackers.base import flatten
+from .scalars import flatten
 
 
 def format_number(value: Any) -> str:
