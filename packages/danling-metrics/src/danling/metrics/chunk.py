@@ -208,7 +208,8 @@ class Chunk:
 
     def _log_odds(self, logits: bool) -> Tensor:
         if not logits:
-            return self.x.log() - torch.log1p(-self.x)
+            p = self.x.clamp(0, 1)  # outside, a logarithm would take its slow path to NaN
+            return p.log() - torch.log1p(-p)
         if self.spec.elementwise:
             return self.x
         return self.log_softmax - (-torch.expm1(self.log_softmax)).log()

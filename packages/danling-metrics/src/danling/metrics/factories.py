@@ -33,8 +33,8 @@ def _build(
         name, metric = metric if isinstance(metric, tuple) else (None, metric)
         if not callable(metric):
             raise TypeError(
-                f"metrics are descriptors or callables, got {metric!r}; options such as average, mode and ignore_nan are "
-                "keyword-only"
+                f"metrics are descriptors or callables, got {metric!r}; options such as average, mode and ignore_nan "
+                "are keyword-only"
             )
         metric = as_metric(metric) if mode != "stream" or isinstance(metric, MetricFunc) else metric
         name = name or getattr(metric, "name", None) or type(metric).__name__
@@ -109,8 +109,7 @@ def multiclass_metrics(
     Args:
         num_classes: number of classes.
         *metrics: used in place of the default ones.
-        average: how the default metrics average over classes. `"micro"` accuracy is the plain share of correct rows
-            (AUROC and AUPRC stay macro then).
+        average: how the default metrics average over classes. `"micro"` accuracy is the plain share of correct rows.
         channel_dim: the dim of `input` that holds the classes, where shapes do not tell.
         mode, ignore_index, from_logits, device, distributed, group, preprocess, **named: as for `binary_metrics`.
 
@@ -124,10 +123,9 @@ def multiclass_metrics(
     common: dict[str, Any] = {"ignore_index": ignore_index}
 
     def defaults() -> list[MetricFunc]:
-        ranked = "macro" if average == "micro" else average
         return [
-            F.multiclass_auroc(num_classes, average=ranked, **common),
-            F.multiclass_auprc(num_classes, average=ranked, **common),
+            F.multiclass_auroc(num_classes, average=average, **common),
+            F.multiclass_auprc(num_classes, average=average, **common),
             F.multiclass_accuracy(num_classes, average=average, **common),
             F.multiclass_f1_score(num_classes, average=average, **common),
             F.mcc(task="multiclass", num_classes=num_classes, **common),

@@ -122,14 +122,15 @@ def _unnest(spec: Spec, input: Any, target: Any, per_sample: bool) -> tuple[Tens
         ours, theirs = _common_mask(ours, theirs)
         if ours.shape != theirs.shape or input.concat.shape[0] != target.concat.shape[0]:
             raise ValueError(
-                f"input and target have different lengths: masks of shape {tuple(ours.shape)} and {tuple(theirs.shape)}, "
-                f"{input.concat.shape[0]} and {target.concat.shape[0]} positions in all"
+                f"input and target have different lengths: masks of shape {tuple(ours.shape)} and "
+                f"{tuple(theirs.shape)}, {input.concat.shape[0]} and {target.concat.shape[0]} positions in all"
             )
         misfit = None
         if ours.device.type == "cpu":
             if not torch.equal(ours, theirs.to("cpu")):
                 raise ValueError(
-                    f"input and target have different lengths: {_lengths(ours)} and {_lengths(theirs)} positions per sample"
+                    f"input and target have different lengths: {_lengths(ours)} and {_lengths(theirs)} positions per "
+                    "sample"
                 )
         else:
             misfit = (ours != theirs.to(ours.device)).sum()

@@ -86,6 +86,6 @@ class OnlineMetrics(MetricContainer):
             source.validate(group.store.views)
             for name, metric in group.metrics.items():
                 exact = not isinstance(metric, RankingMetric)
-                bounds[name] = 0.0 if exact else metric.error_bound(BoundState(source, metric).ranking)  # type: ignore[attr-defined]
+                bounds[name] = 0.0 if exact else metric.error_bound(BoundState(source, metric))  # type: ignore[attr-defined]
         values = [bounds[name] for name in self._metrics]
         return RoundDict(zip(self._metrics, read_scalars([torch.as_tensor(v) for v in values]), strict=True))

@@ -57,7 +57,7 @@ ROWS, ENTRIES, NAN, BAD, OUTSIDE, BAD_LABEL = range(6)
 
 @dataclass(frozen=True)
 class Checks(Piece):
-    """Numbers of valid rows, valid entries, NaN scores, targets out of range, scores outside [0, 1], labels out of range."""
+    """Numbers of valid rows and entries, and of NaN scores, bad targets, scores outside [0, 1] and bad labels."""
 
     spans_samples: bool = False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch  # noqa: F401 (the examples use it)
 from torch import Tensor
 
 from .chunk import View

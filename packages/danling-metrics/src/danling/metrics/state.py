@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,17 +80,14 @@ def _confmat(state: BoundState) -> Tensor:
     return state.piece(state.metric.confusion)
 
 
-def _ranking(state: BoundState) -> Ranking:
-    return state.source.ranking(state.metric)
-
-
 _READS = {
     "preds": lambda s: s.source.valid_rows(s.view, probabilities=True)[0],
     "targets": lambda s: s.source.valid_rows(s.view, probabilities=True)[1],
     "n": lambda s: s.source.checks(s.view)[ROWS],
     "confmat": _confmat,
     "stats": lambda s: count_stats(_confmat(s)),
-    "ranking": _ranking,
+    "ranking": lambda s: s.source.ranking(s.metric),
+    "pooled_ranking": lambda s: s.source.ranking(s.metric, pooled=True),
     "histogram": lambda s: s.piece(s.source.histogram(s.metric)),
     "moments": lambda s: s.piece(Moments(s.view)),
 }
@@ -267,16 +264,26 @@ class Source:
             raise AttributeError("a histogram is held by OnlineMetrics only")
         return Histogram(metric.view, self.bins)
 
-    def ranking(self, metric: MetricFunc) -> Ranking:
-        """Return the ranking of every class, sorted once for all metrics that read it."""
-        view = metric.view
-        if view not in self._rankings:
-            self._rankings[view] = (
-                self._rank(view) if self.bins is None else rank_bins(self.get(self.histogram(metric)))
-            )
-        return self._rankings[view]
+    def ranking(self, metric: MetricFunc, pooled: bool = False) -> Ranking:
+        """Return the ranking of every class, or one of all classes pooled, sorted once for all metrics that read it."""
+        key = (metric.view, pooled)
+        if key not in self._rankings:
+            self._rankings[key] = self._rank(metric, pooled)
+        return self._rankings[key]
 
-    def _rank(self, view: View) -> Ranking:
+    def _rank(self, metric: MetricFunc, pooled: bool) -> Ranking:
+        if self.bins is not None:
+            counts = self.get(self.histogram(metric))
+            return rank_bins(counts.sum(1, keepdim=True) if pooled else counts)
+        column, classes = self._columns(metric.view)
+        if not pooled:
+            return rank_scores(column, classes)
+        parts = [column(index) for index in range(classes)]
+        scores, positive = (torch.cat(side) for side in zip(*parts, strict=True))
+        return rank_scores(lambda index: (scores, positive), 1)
+
+    def _columns(self, view: View) -> tuple[Callable[[int], tuple[Tensor, Tensor]], int]:
+        """Return a function that gives scores and positives of one class, and the number of classes."""
         assert self.rows is not None
         scores, targets = self.rows.scores, self.rows.targets
         if self.spec.task == "multiclass":
@@ -304,7 +311,7 @@ class Source:
                 def column(index: int) -> tuple[Tensor, Tensor]:
                     return scores[:, index].clone(), targets == index
 
-            return rank_scores(column, self.spec.width or scores.shape[1])
+            return column, self.spec.width or scores.shape[1]
         # A sigmoid keeps the order, so raw scores rank the same and without ties from saturation.
         keep = Chunk(self.spec, self.rows).good(view).t()
         scores = scores.to(compute_dtype(scores)).view(keep.shape)
@@ -314,7 +321,7 @@ class Source:
             kept = keep[:, index]
             return scores[kept, index], targets[kept, index] == 1
 
-        return rank_scores(label, keep.shape[1])
+        return label, keep.shape[1]
 
 
 def drop_invalid(spec: Spec, rows: Rows, view: View) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,7 @@ from .descriptor import MetricFunc, check_average, defined_mean
 class RankingMetric(MetricFunc):
     """Base of AUROC and average precision: one value per class, averaged over those that are defined.
 
-    `"weighted"` weights classes by their positives; `"micro"` pools the classes into one ranking only for exact
-    containers and is therefore not offered.
+    `"weighted"` weights classes by their positives; `"micro"` ranks the scores of all classes together.
     """
 
     label = ""
@@ -24,8 +23,6 @@ class RankingMetric(MetricFunc):
 
     def __init__(self, *, average: str | None = "macro", **options: Any) -> None:
         super().__init__(**{"scores": True, "higher_is_better": True, **options})
-        if average == "micro":
-            raise ValueError(f"average='micro' is not defined for {self.label}; use 'macro', 'weighted' or None")
         self.average = check_average(average)
 
     def area(self, ranking: Any) -> float:
@@ -37,22 +34,27 @@ class RankingMetric(MetricFunc):
         raise NotImplementedError
 
     def __call__(self, state: Any) -> Tensor:
-        state = state_from(self, state)
-        ranking = state.ranking
+        ranking = self.ranked(state_from(self, state))
         values = torch.tensor([self.area(r) for r in ranking], dtype=torch.float64)
         if undefined := torch.isnan(values).nonzero().flatten().tolist():
+            single = len(values) == 1
             which = f" of {'label' if self.task == 'multilabel' else 'class'} {', '.join(map(str, undefined))}"
             rest = "" if len(undefined) == len(values) or self.average is None else "; the others are averaged"
-            state.note(f"{self.label}{'' if self.task == 'binary' else which} is undefined: {self.lacks}{rest}")
+            state.note(f"{self.label}{'' if single else which} is undefined: {self.lacks}{rest}")
         return self.combine(values, ranking)
 
-    def error_bound(self, ranking: Any) -> Tensor:
+    def ranked(self, state: Any) -> Any:
+        """Return the ranking that is averaged: one per class, or one of all classes."""
+        return state.pooled_ranking if self.average == "micro" and self.task != "binary" else state.ranking
+
+    def error_bound(self, state: Any) -> Tensor:
         """Return how far binning may have moved the value."""
+        ranking = self.ranked(state)
         return self.combine(torch.tensor([self.bound(r) for r in ranking], dtype=torch.float64), ranking)
 
     def combine(self, values: Tensor, ranking: Any) -> Tensor:
         """Average the values of the classes."""
-        if self.task == "binary":
+        if self.task == "binary" or self.average == "micro":
             return values[0]
         if self.average is None:
             return values
