@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,9 @@ def find_all(path: str) -> list[Path]:
         directory = checkpoint_dir(RunFiles(directory))
     elif not directory.is_dir() or directory.is_symlink() or (directory / MANIFEST).exists():
         return [find_checkpoint(path)]
-    found = sorted(
-        entry
-        for entry in (directory.iterdir() if directory.is_dir() else ())
-        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith(".")
-    )
+    entries = directory.iterdir() if directory.is_dir() else ()
+    found = [e for e in entries if e.is_dir() and not e.is_symlink() and not e.name.startswith(".")]
+    found.sort(key=lambda entry: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", entry.name)])
     if not found:
         raise CommandError(f"no checkpoint at {path}")
     return found

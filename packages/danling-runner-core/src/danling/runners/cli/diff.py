@@ -6,14 +6,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from ..configfile import plain
 from ..identity import differences, excluded, flatten, identity_view
 from ..scalars import flatten as scalars
 from ..text import format_number, table
 from .output import add_json, print_json, width
-from .run_files import RunFiles, find_run
-
-ABOUT_THE_RUN = ("danling_version", "config_id")
+from .run_files import ABOUT_THE_RUN, RunFiles, find_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         _part("identity", identity, left, right, "the same experiment: no identity key differs"),
         _part("other keys", config, left, right, "no other key differs"),
         _part("git", git, left, right, "the same revision"),
-        _part("best", best, left, right, "no results yet"),
+        _part("best", best, left, right, "no results yet", format_number),
     ]
     print("\n\n".join(parts))
     return 0
@@ -73,16 +70,14 @@ def _best(files: RunFiles) -> dict[str, Any]:
     }
 
 
-def _part(title: str, pairs: Mapping[str, tuple[Any, Any]], left: RunFiles, right: RunFiles, none: str) -> str:
+def _part(
+    title: str, pairs: Mapping[str, tuple[Any, Any]], left: RunFiles, right: RunFiles, none: str, text: Any = str
+) -> str:
     if not pairs:
         return f"{title}: {none}"
     header = [
         title,
         *(f"{files.name}-{files.config_id}" if files.config_id else str(files.dir) for files in (left, right)),
     ]
-    rows = [[name, *(_text(value) for value in values)] for name, values in pairs.items()]
+    rows = [[name, *(text(value) for value in values)] for name, values in pairs.items()]
     return table(header, rows, width=width())
-
-
-def _text(value: Any) -> str:
-    return format_number(value) if isinstance(value, float) or value is None else str(plain(value))

@@ -125,7 +125,7 @@ def _render(panels: dict[str, list[Curve]], suffix: str, title: str) -> bytes:
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
     one_run = len({curve.run for curves in panels.values() for curve in curves}) == 1
     everything = [curve for curves in panels.values() for curve in curves]
     colours = list(dict.fromkeys(c.split if one_run else c.run for c in everything))
@@ -149,11 +149,14 @@ def _render(panels: dict[str, list[Curve]], suffix: str, title: str) -> bytes:
             )
         axis.set_title(name)
         axis.set_xlabel("global_step")
+        axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.25)
-        if len(curves) > 1 or curves[0].split:
-            axis.legend(fontsize="small")
     for axis in list(axes):
         axis.set_visible(False)
+    handles = {
+        label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))
     figure.suptitle(title)
     return _page(figure, title) if suffix == ".html" else _bytes(figure, suffix[1:])
 

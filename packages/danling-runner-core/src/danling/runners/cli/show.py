@@ -6,11 +6,10 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from ..configfile import dump_yaml
 from ..text import block, evaluation_table, format_duration, format_number, format_size, table
 from .checkpoints import list_checkpoints
 from .output import add_json, print_json, width
-from .run_files import RunFiles, find_run
+from .run_files import ABOUT_THE_RUN, RunFiles, find_run
 
 NOT_SPLITS = {"name", "id", "timestamp", "index", "global_step", "epoch", "score"}
 
@@ -18,6 +17,7 @@ NOT_SPLITS = {"name", "id", "timestamp", "index", "global_step", "epoch", "score
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", metavar="RUN", help="run directory, or anything inside one")
+    parser.add_argument("--all", action="store_true", help="every configuration key, not only those that were set")
     add_json(parser)
 
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     parts = [
         _identity(files),
-        f"config\n{_indent(dump_yaml(files.config)) if files.config else '  none'}",
+        _config(files, args.all),
         _row("best", files.best),
         _row("latest", files.latest),
         _checkpoints(checkpoints),
@@ -73,6 +73,23 @@ def _identity(files: RunFiles) -> str:
             "git": f"{git['revision']}{' (dirty)' if git.get('dirty') else ''}" if git.get("revision") else None,
         },
     )
+
+
+def _config(files: RunFiles, everything: bool) -> str:
+    """What differs from danling's defaults, or everything as YAML."""
+    if not files.config:
+        return "config: none"
+    if everything:
+        from ..configfile import dump_yaml
+
+        return f"config\n{_indent(dump_yaml(files.config))}"
+    from ..identity import flatten, normalise
+    from ..keys import KEYS
+
+    leaves = {name: value for name, value in flatten(files.config).items() if name not in ABOUT_THE_RUN}
+    set_ = {k: v for k, v in leaves.items() if k not in KEYS or normalise(v) != normalise(KEYS[k].default)}
+    title = f"config, without {len(leaves) - len(set_)} keys at their defaults (--all shows them)"
+    return block(title, {name: str(value) for name, value in set_.items()})
 
 
 def _row(title: str, row: Mapping[str, Any]) -> str:
