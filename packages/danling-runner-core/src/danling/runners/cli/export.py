@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"{output.parent}: no such directory")
     try:
         stack = require_whole(checkpoint).get("stack") or "torch"
-        load_engine(stack).export_checkpoint(checkpoint, output, dtype=args.dtype, ema=not args.no_ema)
+        export = getattr(load_engine(stack), "export_checkpoint", None)
+        if export is None:
+            raise CommandError(f"{checkpoint}: stack {stack!r} has no export")
+        export(checkpoint, output, dtype=args.dtype, ema=not args.no_ema)
     except (CheckpointError, StackError) as error:
         raise CommandError(str(error)) from error
     print(output)

@@ -12,6 +12,7 @@ from danling.runners.base_runner import BaseRunner
 from .building import Building
 from .distributed import Distributed
 from .evaluation import Evaluation
+from .export import export_checkpoint
 from .restoring import Restoring
 from .training import MUTED, Training
 from .window import Window
@@ -26,6 +27,7 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
 
     stack: ClassVar[str | None] = "torch"
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
+    export_checkpoint = staticmethod(export_checkpoint)
 
     def __init__(self, config: Any = None) -> None:
         self.window = Window()
