@@ -135,7 +135,7 @@ def map_state(tree: Any, tensor: Any, path: str = "") -> Any:
     if isinstance(tree, np.generic):
         return map_state(tree.item(), tensor, path)
     if isinstance(tree, np.ndarray) and tree.dtype.kind in "biufc":
-        return {_ARRAY: tensor(torch.from_numpy(np.ascontiguousarray(tree)), path)}
+        return {_ARRAY: tensor(torch.from_numpy(np.array(tree, order="C")), path)}
     raise TypeError(
         f"{path or '/'} is a {type(tree).__module__}.{type(tree).__qualname__}: a checkpoint holds tensors, arrays, "
         "numbers, text and containers of them, because reading one must run no code. Make state_dict() return those."
@@ -153,7 +153,7 @@ def restore_arrays(tree: Any) -> Any:
         if tree.keys() == {_ARRAY}:
             return tree[_ARRAY].numpy()
         if any(isinstance(value, (dict, list, tuple)) for value in tree.values()):
-            return type(tree)((key, restore_arrays(value)) for key, value in tree.items())
+            return {key: restore_arrays(value) for key, value in tree.items()}
         return tree
     if isinstance(tree, (list, tuple)) and any(isinstance(value, (dict, list, tuple)) for value in tree):
         return type(tree)(restore_arrays(value) for value in tree)
