@@ -123,6 +123,7 @@ def _write_npz(obj: Any, compressed: bool = False) -> Emit:
 
 
 def _read_npz(stream: Any, trusted: bool) -> Any:
+    require("numpy", "an npz file")
     with zipfile.ZipFile(stream) as archive:
         arrays = {}
         for name in archive.namelist():
