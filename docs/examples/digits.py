@@ -1,7 +1,7 @@
 """Scanned digits: train a small convolutional network, keep checkpoints, continue where it stopped.
 
     python docs/examples/digits.py                                   # train
-    python docs/examples/digits.py --auto_resume true --epochs 14    # go on for two more epochs
+    python docs/examples/digits.py --auto_resume true --epochs 12    # go on for two more epochs
     python docs/examples/digits.py --help                            # every option
 """
 
@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 
 class Config(dl.RunnerConfig):
-    epochs: int = 12
+    epochs: int = 10
     width: int = 32
 
     def __init__(self, *args, **kwargs):
@@ -22,7 +22,7 @@ class Config(dl.RunnerConfig):
         self.experiment = "digits"
         self.score_name = "acc"
         self.optim.type, self.optim.lr, self.optim.weight_decay = "adamw", 5e-3, 1e-2
-        self.scheduler.type = "cosine"
+        self.scheduler.type, self.scheduler.final_lr = "cosine", 1e-4
         self.dataloader.batch_size = 32
 
 
