@@ -439,7 +439,7 @@ def flatten(metrics: Iterable[Any]) -> Iterator[Any]:
     for metric in metrics:
         if isinstance(metric, Mapping):
             yield from metric.items()
-        elif isinstance(metric, (list, tuple, set, frozenset)) or hasattr(metric, "__next__"):
+        elif isinstance(metric, Iterable) and not callable(metric) and not isinstance(metric, (str, bytes, Readable)):
             yield from flatten(metric)
         else:
             yield metric

@@ -510,7 +510,7 @@ class AverageMeters(Readable):
 
     def _unpack(self, kind: str, ints: list[Tensor], parts: list[list[Tensor]]) -> None:
         names = sorted(self._meters)
-        merged = dict(zip(names, unpack_meters(names, parts), strict=True))
+        merged = dict(zip(names, unpack_meters(names, parts), strict=True)) if names else {}
         self._merged[kind] = {name: merged[name] for name in self._meters}
 
     def sync(self) -> RoundDict:
