@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -264,6 +265,8 @@ def build_dataloader(
             f"the dataset of split {split!r} ({type(dataset).__name__}) can be neither indexed nor iterated: it needs "
             "__getitem__ and __len__, or __iter__"
         )
-    loader = SplitLoader(data, **arguments)
+    with warnings.catch_warnings():  # torchdata still calls a function that torch has deprecated
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
+        loader = SplitLoader(data, **arguments)
     loader.split, loader.ranks = split, ranks
     return loader

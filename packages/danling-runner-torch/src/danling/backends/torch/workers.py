@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -107,18 +108,32 @@ def worker_starter() -> Any:
     return partial(start_worker, parent=os.getpid())
 
 
-def stop_workers(loader: Any) -> None:
-    """Stop the worker processes of a loader, if it has any, and forget its iterator."""
+def stop_workers(loader: Any, grace: float = 2.0) -> None:
+    """Stop the worker processes of a loader, if it has any, and forget its iterator.
+
+    Args:
+        loader: any `torch.utils.data.DataLoader`; other objects are left alone.
+        grace: seconds after which workers that are still busy with a batch are killed.
+    """
     iterator = getattr(loader, "_iterator", None)
-    workers = list(getattr(iterator, "_workers", ()))
     shutdown = getattr(iterator, "_shutdown_workers", None)
-    if shutdown is not None:
-        with suppress(Exception):
-            shutdown()
+    if shutdown is None:
+        return
+    workers = list(getattr(iterator, "_workers", ()))
+
+    def kill() -> None:
+        for worker in workers:
+            with suppress(Exception):
+                worker.kill()
+
+    timer = threading.Timer(grace, kill)
+    timer.daemon = True
+    timer.start()
+    with suppress(Exception):  # torch reports a killed worker, which is what we want here
+        shutdown()
+    timer.cancel()
+    kill()
     for worker in workers:
         with suppress(Exception):
-            if worker.is_alive():  # stuck in a fetch, and deaf to SIGTERM
-                worker.kill()
-                worker.join(5)
-    if iterator is not None:
-        loader._iterator = None
+            worker.join(5)
+    loader._iterator = None
