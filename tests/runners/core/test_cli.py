@@ -337,7 +337,7 @@ def test_diff_without_metadata_works_from_the_configuration(danling, tmp_path):
 
 def test_plot_writes_every_format(danling, run, tmp_path):
     pytest.importorskip("matplotlib")
-    for suffix, magic in ((".png", b"\x89PNG"), (".html", b"<!doctype html>"), (".svg", b"<?xml"), (".pdf", b"%PDF")):
+    for suffix, magic in ((".png", b"\x89PNG"), (".html", b"<!doctype html>")):
         target = tmp_path / f"curves{suffix}"
         assert danling("plot", run.dir, "-o", target) == (0, f"{target}\n", "")
         assert target.read_bytes().startswith(magic)

@@ -39,7 +39,7 @@ class Runner(BaseRunner):
             return super().__new__(cls)
         config = _find_config(args, kwargs)
         choice = resolve_stack(config, checkpoint_stack=_checkpoint_stack(config) if config.stack == "auto" else None)
-        runner = super().__new__(combine(cls, load_engine(choice.name)))
+        runner: Runner = super().__new__(combine(cls, load_engine(choice.name)))
         runner.__dict__["stack_reason"] = choice.reason
         return runner
 
