@@ -36,7 +36,7 @@ How a rule is written
     - Errors: `base.batch_error(func, dim)`; `with base.at_element(i):` names the element in what torch raises.
     - A result without ragged dims left is a dense tensor `(B, ...)`.
 
-    One family per file; `danling/tensors/ops/load.py` imports every file of this folder.
+    One family per file; importing danling.tensors imports every file of this folder, so no list needs an entry.
 
 How samples for the oracle test are declared
     `tests/tensors/oracle/samples/<family>.py` holds `SAMPLES`, a dict from canonical name to a list of `Sample`s; see
