@@ -72,6 +72,8 @@ def parts_of(result: Any, batch: int) -> list[Any]:
         return list(result.unbind())
     if isinstance(result, Tensor):
         assert type(result) is Tensor, f"dense result of type {type(result)}"
+        if result.dim() > 1 and result.shape[0] == 1 != batch and result.shape[1] == batch:
+            return list(result.unbind(1))  # keepdim leaves the batch where it was
         assert result.dim() > 0 and result.shape[0] == batch, f"dense result {tuple(result.shape)} for batch {batch}"
         return list(result.unbind(0))
     if isinstance(result, (tuple, list)):

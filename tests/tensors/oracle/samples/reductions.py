@@ -25,8 +25,13 @@ def over_batch(func, **settings):
         top = [max(e.shape[i] for e in elements) for i in range(rank)]
         results = []
         for index in torch.cartesian_prod(*[torch.arange(n) for n in top]).reshape(-1, rank).tolist():
-            have = [e[tuple(index)] for e in elements if all(i < n for i, n in zip(index, e.shape, strict=True))]
-            results.append(func(torch.stack(have), dim=0, **settings))
+            owners = [j for j, e in enumerate(elements) if all(i < n for i, n in zip(index, e.shape, strict=True))]
+            result = func(torch.stack([elements[j][tuple(index)] for j in owners]), dim=0, **settings)
+            if func in (torch.max, torch.min):
+                result = (result[0], torch.tensor(owners)[result[1]])
+            elif func in (torch.argmax, torch.argmin):
+                result = torch.tensor(owners)[result]
+            results.append(result)
         if isinstance(results[0], tuple):
             return tuple(torch.stack([r[j] for r in results]).reshape(top) for j in range(len(results[0])))
         return torch.stack(results).reshape(top)

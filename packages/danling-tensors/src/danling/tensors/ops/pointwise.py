@@ -134,11 +134,17 @@ bitwise_left_shift bitwise_right_shift"""
 
 _TERNARY = "addcmul addcdiv lerp clamp clamp_min clamp_max"
 
+_RANDOM = "bernoulli poisson binomial"
+
+_FILL = """copy_ fill_ fill zero_ bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"""
+
 register("unary", *_UNARY.split())(pointwise)
 register("activation", *_ACTIVATION.split())(pointwise)
 register("binary", *_BINARY.split())(pointwise)
 register("comparison", *_COMPARISON.split())(pointwise)
 register("ternary", *_TERNARY.split())(pointwise)
+register("factory", *_RANDOM.split())(pointwise)
+register("in-place", *_FILL.split())(pointwise)
 
 
 @register("ternary", "where", "masked_fill")

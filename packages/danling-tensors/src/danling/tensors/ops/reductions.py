@@ -12,7 +12,7 @@ from torch import Tensor
 from danling.tensors import kernels
 from danling.tensors.layout import Layout
 from danling.tensors.nested_tensor import NestedTensor, values_of
-from danling.tensors.ops.base import batch_error, like, names
+from danling.tensors.ops.base import at_element, batch_error, like, names
 from danling.tensors.ops.groups import Groups, group_rows
 from danling.tensors.ops.table import register
 
@@ -111,6 +111,8 @@ class Plan:
                     out = out.unsqueeze(d + (0 if self.batch else 1))
             if self.batch:
                 out = out.unsqueeze(layout.batch_dim)
+            elif layout.batch_dim:
+                out = out.transpose(0, 1)
         return out
 
     def need_values(self) -> None:
@@ -126,11 +128,11 @@ class Plan:
         offsets = self.groups.offsets
         if self.groups.count and bool((offsets[1:] == offsets[:-1]).any()):
             i = int((offsets[1:] == offsets[:-1]).nonzero()[0])
-            if self.groups.sizes and not self.batch:
-                where = f"element {i}"
-            else:
-                where = f"position {i}"
-            raise IndexError(f"{names(self.func)}: {where} has no values along dim {self.dim}, and there is no identity")
+            if self.batch:
+                raise IndexError(f"{names(self.func)}: no element has position {i}, and there is no identity")
+            with at_element(i):
+                self.func(self.x._values[:0], 0)  # torch's own error
+            raise IndexError(f"{names(self.func)}: element {i} is empty along dim {self.dim}, and there is no identity")
 
     def expand(self, per_group: Tensor) -> Tensor:
         """One value per group back to the (sorted) rows, static dims kept at size 1."""

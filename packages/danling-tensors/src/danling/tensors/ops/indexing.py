@@ -1,0 +1,662 @@
+"""Reading and writing by index; gather, scatter and the other ops that address positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danling.tensors.layout import Layout, Segments
+from danling.tensors.nested_tensor import (
+    NestedTensor,
+    check_index,
+    rebind,
+    slice_element,
+    to_packed,
+    values_of,
+    wrap,
+)
+from danling.tensors.ops.base import at_element, like, names
+from danling.tensors.ops.broadcast import align
+from danling.tensors.ops.rows import coords, flat_position, flat_values, owner, positions, remap_ragged, take_elements
+from danling.tensors.ops.shape import drop_dim, fixed_ragged, insert_dim
+from danling.tensors.ops.table import register
+
+
+def read(x: NestedTensor, index: Any) -> Any:
+    """`x[index]`; indices address the batch, then element dims."""
+    layout = x._layout
+    if isinstance(index, tuple):
+        parts = _expand(index, layout.rank)
+    else:
+        parts = [index]
+    if not parts:
+        return x
+    head, rest = parts[0], parts[1:]
+    if head is None:
+        raise ValueError("x[None] would put a dim before the batch")
+    if isinstance(head, NestedTensor) and head.dtype == torch.bool or _is_mask(head, layout):
+        if rest:
+            raise ValueError("a mask over the batch takes no further indices")
+        return filter_rows(x, head)
+    if rest and isinstance(head, Tensor) and isinstance(rest[0], Tensor) and not isinstance(rest[0], NestedTensor):
+        if head.dtype != torch.bool and rest[0].dtype != torch.bool and head.dim() + rest[0].dim() > 0:
+            return _rows_at(x, head, rest[0], rest[1:])
+    if isinstance(head, (int,)) and not isinstance(head, bool) or isinstance(head, Tensor) and head.dim() == 0:
+        element = slice_element(values_of(x), layout, check_index(int(head), layout.batch_size))
+        return element[tuple(rest)] if rest else element
+    x = _choose(x, head)
+    return _inside(x, rest) if rest else x
+
+
+def _expand(index: tuple[Any, ...], rank: int) -> list[Any]:
+    count = sum(1 for i in index if i is not None and i is not Ellipsis)
+    for i in index:  # a mask takes as many dims as it has
+        if isinstance(i, Tensor) and i.dtype == torch.bool and i.dim() > 1 and not isinstance(i, NestedTensor):
+            count += i.dim() - 1
+    if count > rank + 1:
+        raise IndexError(f"too many indices: {count} for {rank + 1} dims")
+    spots = [j for j, i in enumerate(index) if i is Ellipsis]
+    if len(spots) > 1:
+        raise IndexError("an index can only have a single ellipsis ('...')")
+    if not spots:
+        return list(index)
+    j = spots[0]
+    return [*index[:j], *[slice(None)] * (rank + 1 - count), *index[j + 1 :]]
+
+
+def _is_mask(index: Any, layout: Layout) -> bool:
+    if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8) or index.dim() < 2:
+        return False
+    last = layout.ragged_dims[-1] if layout.ragged_dims else -1
+    wanted = tuple(layout.shape[: last + 2])
+    if tuple(index.shape) != wanted and tuple(index.shape) != tuple(layout.shape):
+        raise IndexError(f"the mask has shape {tuple(index.shape)}, which is neither {wanted} nor {tuple(layout.shape)}")
+    return True
+
+
+def _choose(x: NestedTensor, index: Any) -> NestedTensor:
+    """The batch part of an index."""
+    batch = x._layout.batch_size
+    if isinstance(index, slice):
+        if index == slice(None):
+            return x
+        return take_elements(x, range(*index.indices(batch)))
+    if isinstance(index, NestedTensor):
+        raise IndexError("a NestedTensor index along the batch must be boolean")
+    items = torch.as_tensor(index)
+    if items.dim() != 1:
+        raise IndexError(f"an index along the batch must be an int, a slice or 1-D, got {items.dim()} dims")
+    if items.dtype == torch.bool:
+        if len(items) != batch:
+            raise IndexError(f"a boolean index of {len(items)} entries does not fit a batch of {batch}")
+        return take_elements(x, items.nonzero()[:, 0].tolist())
+    if items.is_floating_point() and items.numel():
+        raise IndexError("indices must be integers or booleans")
+    return take_elements(x, [check_index(int(i), batch) for i in items.tolist()])
+
+
+def _inside(x: NestedTensor, rest: list[Any]) -> Any:
+    """The element part of an index: applied from the last dim to the first, so that dims keep their numbers."""
+    if any(isinstance(i, Tensor) and i.dtype == torch.bool and i.dim() > 1 for i in rest):
+        raise IndexError("a boolean mask over element dims must cover the batch too: index with a NestedTensor mask")
+    lists = [i for i in rest if isinstance(i, (list, tuple)) or isinstance(i, Tensor) and i.dim() > 0]
+    if len(lists) > 1:
+        return _many_lists(x, rest)
+    d = sum(1 for i in rest if i is not None)
+    out: Any = x
+    for i in reversed(rest):
+        if i is not None:
+            d -= 1
+        if not isinstance(out, NestedTensor):  # dense already: (B, ...) without the dims that are gone
+            out = _dense_step(out, d, i)
+            continue
+        out = _step(out, d, i)
+    return out
+
+
+def _dense_step(out: Tensor, d: int, i: Any) -> Tensor:
+    head = (slice(None),) * (d + 1)
+    return out[(*head, i)]
+
+
+def _step(x: NestedTensor, d: int, i: Any) -> Any:
+    layout = x._layout
+    if i is None:
+        return insert_dim(x, d)
+    if d in layout.ragged_dims:
+        return _ragged_step(x, d, i)
+    if isinstance(i, NestedTensor):
+        raise IndexError("a NestedTensor index works on the ragged dim")
+    v = layout.values_dim(d)
+    head = (slice(None),) * v
+    if isinstance(i, slice) and (i.step or 1) < 0:
+        raise ValueError("step must be greater than zero")
+    values = values_of(x)
+    out = values[(*head, i)]
+    if out.dim() < values.dim():
+        return like(x, out, drop_dim(layout, d))
+    if out.dim() > values.dim():
+        extra = out.dim() - values.dim()
+        ragged = tuple(r + extra * (r > d) for r in layout.ragged_dims)
+        return like(x, out, layout.with_dims(ragged, tuple(out.shape[1:])))
+    return like(x, out, layout.with_static(tuple(out.shape[1:])))
+
+
+def _ragged_step(x: NestedTensor, d: int, i: Any) -> Any:
+    layout = x._layout
+    j = layout.ragged_dims.index(d)
+    column = layout.segments.sizes[:, j]
+    if isinstance(i, slice):
+        if i == slice(None):
+            return x
+        step = 1 if i.step is None else int(i.step)
+        if step <= 0:
+            raise ValueError("step must be greater than zero")
+        start = _bound(i.start, column, 0)
+        stop = _bound(i.stop, column, None)
+        counts = ((stop - start + step - 1) // step).clamp_min(0)
+        begin = start.to(x._values.device)
+        return _from_start(x, j, counts, begin, step)
+    if isinstance(i, NestedTensor):
+        return _own_positions(x, d, i)
+    if isinstance(i, int) and not isinstance(i, bool) or isinstance(i, Tensor) and i.dim() == 0:
+        out = _ragged_step(x, d, [int(i)])
+        return out.squeeze(d + 1) if not isinstance(out, NestedTensor) else out.squeeze(out._layout.shape_dim(d))
+    picks = torch.as_tensor(i)
+    if picks.dtype == torch.bool:
+        if picks.dim() != 1 or len(picks) != int(layout.max_sizes[j]):
+            raise IndexError(f"a boolean index along a ragged dim needs {layout.max_sizes[j]} entries")
+        raise IndexError("a boolean index along a ragged dim must be a NestedTensor, or cover the batch too")
+    flat = picks.reshape(-1)
+    if flat.is_floating_point() and flat.numel():
+        raise IndexError("indices must be integers or booleans")
+    host = flat.to(torch.int64).cpu()
+    for value in host.tolist():
+        short = (column <= value) | (column < -value)
+        if bool(short.any()):
+            e = int(short.nonzero()[0])
+            raise IndexError(f"index {value} is out of range for element {e} of size {int(column[e])}")
+    table = host.to(x._values.device)
+    count = len(host)
+
+    def source(c: Tensor, size: Tensor) -> Tensor:
+        at = table[c]
+        return torch.where(at < 0, at + size, at)
+
+    out = fixed_ragged(remap_ragged(x, j, torch.full_like(column, count), source), j, count)
+    if picks.dim() == 1:
+        return out
+    if isinstance(out, NestedTensor):
+        return out.unflatten(out._layout.shape_dim(d), picks.shape)
+    return out.unflatten(d + 1, picks.shape)
+
+
+def _bound(value: Any, column: Tensor, default: int | None) -> Tensor:
+    """A slice bound of every element, clamped as Python does."""
+    if value is None:
+        return torch.zeros_like(column) if default == 0 else column
+    value = int(value)
+    at = column + value if value < 0 else torch.full_like(column, value)
+    return torch.minimum(at.clamp_min(0), column)
+
+
+def _from_start(x: NestedTensor, j: int, counts: Tensor, begin: Tensor, step: int) -> NestedTensor:
+    segments = x._layout.segments
+    sizes = segments.sizes.clone()
+    sizes[:, j] = counts
+    starts: list[Tensor] = []
+
+    def source(c: Tensor, size: Tensor) -> Tensor:
+        if not starts:
+            starts.append(begin.index_select(0, Segments(sizes).on("element", begin.device)))
+        return starts[0] + c * step
+
+    return remap_ragged(x, j, counts, source)
+
+
+def _own_positions(x: NestedTensor, d: int, index: NestedTensor) -> NestedTensor:
+    """Each element's own positions along a ragged dim."""
+    layout = x._layout
+    if len(layout.ragged_dims) != 1 or index._layout.rank != 1 or index.dtype == torch.bool:
+        raise IndexError("a NestedTensor index needs integer elements of rank 1 and exactly one ragged dim in the tensor")
+    if index._layout.batch_size != layout.batch_size:
+        raise IndexError(f"index has batch size {index._layout.batch_size}, the tensor {layout.batch_size}")
+    device = x._values.device
+    mine = index._layout.segments
+    element = mine.on("element", device)
+    at = values_of(index).to(torch.int64)
+    size = layout.segments.on("lengths", device)[element]
+    at = torch.where(at < 0, at + size, at)
+    wrong = (at < 0) | (at >= size)
+    if bool(wrong.any()):
+        e = int(element[wrong][0])
+        raise IndexError(f"element {e} of size {layout.segments.lengths[e]} does not have every position its index names")
+    rows = layout.segments.on("offsets", device)[element] + at
+    segments = mine if mine.k == 1 else Segments(index._layout.sizes)
+    return like(x, values_of(x).index_select(0, rows), layout.replace(segments=segments))
+
+
+def _rows_at(x: NestedTensor, b: Tensor, t: Tensor, rest: list[Any]) -> Tensor:
+    """`x[b, t]` with two dense index tensors: dense rows."""
+    layout = x._layout
+    if layout.ragged_dims != (0,):
+        raise IndexError("x[b, t] with index tensors needs element dim 0 to be the only ragged dim")
+    b, t = torch.broadcast_tensors(b, t)
+    segments, device = layout.segments, x._values.device
+    b, t = b.to(device, torch.int64), t.to(device, torch.int64)
+    out_of_batch = (b < -layout.batch_size) | (b >= layout.batch_size)
+    if bool(out_of_batch.any()):
+        raise IndexError(f"element index {int(b[out_of_batch][0])} is out of range for a batch of {layout.batch_size}")
+    b = torch.where(b < 0, b + layout.batch_size, b)
+    size = segments.on("lengths", device)[b]
+    wrong = (t >= size) | (t < -size)
+    if bool(wrong.any()):
+        e = int(b[wrong].reshape(-1)[0])
+        raise IndexError(f"position {int(t[wrong].reshape(-1)[0])} is beyond element {e} of size {segments.lengths[e]}")
+    rows = segments.on("offsets", device)[b] + torch.where(t < 0, t + size, t)
+    out = values_of(x)[rows]
+    return out[(slice(None),) * b.dim() + tuple(rest)] if rest else out
+
+
+def _many_lists(x: NestedTensor, rest: list[Any]) -> Any:
+    from danling.tensors.ops.fallback import collect
+    from danling.tensors.ops.table import fallback
+
+    layout = x._layout
+    if layout.ragged_dims and all(
+        i == slice(None) for d, i in enumerate(rest) if d in layout.ragged_dims and None not in rest
+    ):
+        if None not in rest and layout.ragged_dims == tuple(range(layout.segments.k)):
+            out = values_of(x)[(slice(None), *rest[layout.segments.k :])]
+            return like(x, out, layout.with_static(tuple(out.shape[1:])))
+    fallback("index", "per element")
+    parts = []
+    for i, element in enumerate(x.unbind()):
+        with at_element(i):
+            parts.append(element[tuple(rest)])
+    return collect(parts, x)
+
+
+def _mask_values(x: NestedTensor, mask: Any) -> Tensor:
+    """A bool mask at every value of `x`."""
+    layout = x._layout
+    if isinstance(mask, NestedTensor):
+        if mask._layout.rank < layout.rank:  # a mask over leading dims, such as (L,) for (L, D)
+            for _ in range(layout.rank - mask._layout.rank):
+                mask = insert_dim(mask, mask._layout.rank)
+        common, (own, _) = align([mask, x], "mask")
+        if common.segments != layout.segments or common.ragged_dims != layout.ragged_dims:
+            raise IndexError(f"the mask's structure {mask._layout} does not fit {layout}")
+        return own.to(torch.bool)
+    if tuple(mask.shape) != tuple(layout.shape):
+        for _ in range(layout.rank + 1 - mask.dim()):
+            mask = mask[..., None]
+    return align([mask, x], "mask")[1][0].to(torch.bool)
+
+
+def filter_rows(x: NestedTensor, mask: Any) -> NestedTensor:
+    """`x[mask]`: each element filtered on its own.
+
+    A mask over the leading dims up to the last ragged one keeps rows; one over all dims keeps single values, and the
+    elements become 1-D.
+    """
+    layout = x._layout
+    keep = _mask_values(x, mask)
+    segments = layout.segments
+    rank = mask._layout.rank if isinstance(mask, NestedTensor) else mask.dim() - 1
+    by_rows = layout.ragged_dims == tuple(range(segments.k)) and rank <= segments.k and layout.rank > 0
+    if by_rows and rank == segments.k:
+        rows = keep.reshape(layout.rows)
+        index = rows.nonzero()[:, 0]
+        counts = _counts(segments.on("element", rows.device)[index], layout.batch_size)
+        new = Segments(counts.view(-1, 1))
+        out = values_of(x).index_select(0, index)
+        return like(x, out, Layout(new, (0,), layout.static_sizes, layout.batch_first))
+    full = wrap(keep.expand(layout.rows, *layout.static_sizes), layout, x._flags)
+    flat, chosen = flat_values(x), flat_values(full)
+    index = chosen.nonzero()[:, 0]
+    element = flat_values(wrap(owner(layout, flat.device).expand(layout.rows, *layout.static_sizes), layout, x._flags))
+    counts = _counts(element[index], layout.batch_size)
+    return like(x, flat.index_select(0, index), Layout(Segments(counts.view(-1, 1)), (0,), (), layout.batch_first))
+
+
+def _counts(element: Tensor, batch: int) -> Tensor:
+    return torch.bincount(element, minlength=batch).cpu()
+
+
+# Writing.
+def write(x: NestedTensor, index: Any, value: Any) -> None:
+    """`x[index] = value`; everything is checked before anything is written."""
+    layout = x._layout
+    if x.is_leaf and x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("a leaf NestedTensor that requires grad is being used in an in-place operation.")
+    if isinstance(index, int) and not isinstance(index, bool):
+        write_elements(x, [check_index(index, layout.batch_size)], [value])
+        return
+    if isinstance(index, slice):
+        chosen = list(range(*index.indices(layout.batch_size)))
+        if isinstance(value, NestedTensor) or isinstance(value, (list, tuple)):
+            parts = list(value)
+            if len(parts) != len(chosen):
+                raise ValueError(f"{len(parts)} elements cannot be assigned to {len(chosen)}")
+            write_elements(x, chosen, parts)
+            return
+    put(x, read(positions(x), index), value)
+
+
+def write_elements(x: NestedTensor, chosen: Sequence[int], parts: Sequence[Any]) -> None:
+    """Replace elements; other sizes along ragged dims give `x` new values and a new layout."""
+    layout = x._layout
+    kind, device = x.dtype, x._values.device
+    new: dict[int, Tensor] = {}
+    resized = False
+    for i, part in zip(chosen, parts):
+        shape = layout.element_shape(i)
+        if not isinstance(part, Tensor):
+            part = torch.as_tensor(part, dtype=kind, device=device)
+        if part.dim() == 0 and layout.rank:
+            part = part.expand(shape)
+        if part.dim() != layout.rank:
+            raise ValueError(f"element {i} has {layout.rank} dims, the value {part.dim()}")
+        for d, (old, size) in enumerate(zip(shape, part.shape)):
+            if old != size:
+                if d not in layout.ragged_dims:
+                    raise ValueError(f"element {i}: static dim {d} has size {old}, the value {size}")
+                resized = True
+        if part.device != device:
+            raise ValueError(f"element {i} is on {device}, the value on {part.device}")
+        new[i] = part
+    if not resized:
+        for i, part in new.items():
+            slice_element(values_of(x), layout, i).copy_(part)
+        return
+    elements = [new[i].to(kind) if i in new else e for i, e in enumerate(x.unbind())]
+    shapes = [e.shape for e in elements]
+    from danling.tensors.nested_tensor import pack_elements
+
+    target = Layout.from_shapes(shapes, layout.ragged_dims, layout.rank, layout.static_sizes, layout.batch_first)
+    rebind(x, pack_elements(elements, target), target)
+
+
+def put(x: NestedTensor, where: Any, value: Any, accumulate: bool = False) -> None:
+    """Write `value` at flat positions `where` (a NestedTensor or a dense tensor)."""
+    if isinstance(where, NestedTensor):
+        if isinstance(value, Tensor):
+            layout, (at, given) = align([where, value], "assignment")
+            if layout.segments != where._layout.segments or layout.rank != where._layout.rank:
+                raise ValueError(f"a value of structure {layout} cannot be assigned to {where._layout}")
+        else:
+            at, given = values_of(where), torch.as_tensor(value)
+    else:
+        if isinstance(value, NestedTensor):
+            raise ValueError("a NestedTensor cannot be assigned to a dense selection")
+        at, given = where, torch.as_tensor(value)
+    values = values_of(x)
+    given = given.to(values.device, values.dtype)
+    given = given.broadcast_to(at.shape) if given.dim() <= at.dim() else given.reshape(at.shape)
+    if not values.is_contiguous():
+        values = values.contiguous()
+        rebind(x, values)
+    values.view(-1).index_put_((at.reshape(-1),), given.reshape(-1), accumulate)
+
+
+@register("indexing", "__getitem__", "__setitem__", "select")
+def getitem(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    name = names(func)
+    if name == "select":
+        dim, i = kwargs.get("dim", args[0] if args else None), kwargs.get("index", args[-1] if args else None)
+        return _select(x, dim, i)
+    if isinstance(x, NestedTensor):
+        return read(x, args[0]) if name == "__getitem__" else write(x, *args)
+    if name == "__getitem__":
+        raise IndexError("a dense tensor cannot be indexed with a NestedTensor; use .concat or .tensor of the index")
+    raise ValueError("a dense tensor cannot be written with a NestedTensor; use its .tensor")
+
+
+def _select(x: NestedTensor, dim: int, i: int) -> Any:
+    d = x._layout.element_dim(dim)
+    return x[i] if d is None else x[(slice(None),) * (d + 1) + (i,)]
+
+
+@register("indexing", "index_select")
+def index_select(func: Any, x: NestedTensor, dim: int, index: Tensor) -> Any:
+    d = x._layout.element_dim(dim)
+    if isinstance(index, NestedTensor):
+        return x[(slice(None),) * (d + 1) + (index,)] if d is not None else x[index]
+    index = index.reshape(-1)
+    return x[index] if d is None else x[(slice(None),) * (d + 1) + (index,)]
+
+
+@register("indexing", "masked_select")
+def masked_select(func: Any, x: Any, mask: Any) -> Tensor:
+    first = x if isinstance(x, NestedTensor) else mask
+    layout, (v, m) = align([x, mask], "masked_select")
+    full = torch.broadcast_shapes(v.shape, m.shape, (layout.rows, *[1] * len(layout.static_sizes)))
+    layout = layout.with_static(tuple(full[1:]))
+    flat = flat_values(wrap(v.expand(full), layout, first._flags))
+    return flat[flat_values(wrap(m.expand(full), layout, first._flags))]
+
+
+@register("indexing", "masked_scatter")
+def masked_scatter(func: Any, x: NestedTensor, mask: Any, source: Tensor) -> NestedTensor:
+    layout = x._layout
+    keep = _mask_values(x, mask).expand(layout.rows, *layout.static_sizes)
+    source = flat_values(source) if isinstance(source, NestedTensor) else source.reshape(-1)
+    flat_keep = flat_values(wrap(keep, layout, x._flags))
+    where = flat_values(positions(x))[flat_keep]
+    if source.numel() < where.numel():
+        raise RuntimeError(f"masked_scatter: {where.numel()} positions but {source.numel()} source values")
+    out = x if names(func).endswith("_") else x.clone()
+    put(out, where, source[: where.numel()])
+    return out
+
+
+@register("indexing", "nonzero", "argwhere", "nonzero_static")
+def nonzero(func: Any, x: NestedTensor, *, as_tuple: bool = False, **kwargs: Any) -> Any:
+    layout, values = x._layout, x._values
+    at = coords(layout, values.device)
+    element = owner(layout, values.device)
+    shape = (layout.rows, *layout.static_sizes)
+    columns = [flat_values(wrap(c.expand(shape), layout, x._flags)) for c in (element, *at)]
+    if not layout.batch_first and layout.rank:
+        columns[0], columns[1] = columns[1], columns[0]
+    hit = flat_values(wrap(values != 0, layout, x._flags))
+    out = torch.stack(columns, 1)[hit]
+    if "size" in kwargs:
+        size, fill = kwargs["size"], kwargs.get("fill_value", -1)
+        short = size - out.shape[0]
+        out = out[:size] if short <= 0 else torch.cat([out, out.new_full((short, out.shape[1]), fill)])
+    return out.unbind(1) if as_tuple else out
+
+
+# Positions along one dim.
+def _addressed(x: NestedTensor, dim: int, index: NestedTensor, name: str) -> Tensor:
+    """Flat positions in `x` that `index` names along `dim`, as torch's gather reads them."""
+    layout, own = x._layout, index._layout
+    d = layout.element_dim(dim)
+    if d is None:
+        raise ValueError(f"{name} along the batch dim would read padding; use .tensor")
+    if own.batch_size != layout.batch_size or own.rank != layout.rank:
+        raise ValueError(f"{name}: index of structure {own} does not fit {layout}")
+    device = x._values.device
+    sizes = layout.sizes
+    other = [e for e in range(layout.rank) if e != d]
+    wrong = (own.sizes[:, other] > sizes[:, other]).any(1) & (own.sizes.prod(1) > 0)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise RuntimeError(
+            f"{name}: element {i} has index sizes {own.sizes[i].tolist()}, which exceed {sizes[i].tolist()} "
+            f"apart from dim {dim}"
+        )
+    at = coords(own, device)
+    picked = values_of(index).to(torch.int64)
+    element = owner(own, device)
+    limit = sizes.to(device)[:, d][element]
+    beyond = (picked >= limit) | (picked < 0)
+    if device.type == "cpu" and bool(beyond.any()):
+        e = int(element.expand_as(picked)[beyond][0])
+        raise RuntimeError(f"{name}: element {e}: an index is out of bounds for dim {dim} with size {int(sizes[e, d])}")
+    at[d] = picked
+    return flat_position(layout, element, at)
+
+
+def _as_index(x: NestedTensor, index: Any) -> NestedTensor:
+    if isinstance(index, NestedTensor):
+        return index
+    if index.dim() == x._layout.rank + 1 and index.shape == x.shape:
+        return like(x, to_packed(index, x._layout))
+    values = align([index, x], "index")[1][0]
+    return like(x, values.expand(x._layout.rows, *values.shape[1:]), x._layout.with_static(tuple(values.shape[1:])))
+
+
+@register("indexing", "gather", "take_along_dim")
+def gather(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+    name = names(func)
+    if name == "gather":
+        dim, index = _dim_index(*args, **kwargs)
+    else:
+        index, dim = _index_dim(*args, **kwargs)
+        if dim is None:
+            return func(flat_values(x), flat_values(index) if isinstance(index, NestedTensor) else index)
+        if not isinstance(index, NestedTensor):
+            index = _as_index(x, index)
+        index = _stretch(x, index, dim)
+    index = _as_index(x, index)
+    where = _addressed(x, dim, index, name)
+    out = values_of(x).reshape(-1).index_select(0, where.reshape(-1)).view(where.shape)
+    return like(x, out, index._layout)
+
+
+def _stretch(x: NestedTensor, index: NestedTensor, dim: int) -> NestedTensor:
+    d = x._layout.element_dim(dim)
+    static = list(index._layout.static_sizes)
+    for j, e in enumerate(index._layout.static_dims):
+        if e != d and static[j] == 1 and e in x._layout.static_dims:
+            static[j] = x._layout.static_sizes[x._layout.static_dims.index(e)]
+    return like(index, values_of(index).expand(-1, *static), index._layout.with_static(tuple(static)))
+
+
+def _dim_index(dim: int, index: Any, *, sparse_grad: bool = False) -> tuple[int, Any]:
+    return dim, index
+
+
+def _index_dim(indices: Any, dim: Any = None) -> tuple[Any, Any]:
+    return indices, dim
+
+
+@register("indexing", "scatter", "scatter_add", "scatter_reduce")
+def scatter(func: Any, x: NestedTensor, dim: int, index: Any, *args: Any, **kwargs: Any) -> NestedTensor:
+    name = names(func).rstrip("_")
+    src = args[0] if args else kwargs.pop("src", kwargs.pop("value", None))
+    extra = args[1:]
+    index = _as_index(x, index)
+    where = _addressed(x, dim, index, name)
+    if isinstance(src, NestedTensor):
+        src = _covered(src, index, name)
+    elif isinstance(src, Tensor) and src.dim():
+        src = align([src, index], name)[1][0]
+    elif name != "scatter" or "reduce" in kwargs:
+        src = torch.as_tensor(src, dtype=x.dtype, device=where.device)
+    values = values_of(x)
+    flat = values.reshape(-1)
+    if isinstance(src, Tensor):
+        src = src.expand(where.shape).reshape(-1)
+    base = {"scatter": torch.scatter, "scatter_add": torch.scatter_add, "scatter_reduce": torch.scatter_reduce}[name]
+    out = base(flat, 0, where.reshape(-1), src, *extra, **kwargs).view(values.shape)
+    return _deliver(func, x, out)
+
+
+def _covered(src: NestedTensor, index: NestedTensor, name: str) -> Tensor:
+    if src._layout == index._layout:
+        return values_of(src)
+    at = coords(index._layout, src._values.device)
+    wrong = (index._layout.sizes > src._layout.sizes).any(1)
+    if bool(wrong.any()):
+        raise RuntimeError(f"{name}: element {int(wrong.nonzero()[0])} has an index larger than its source")
+    where = flat_position(src._layout, owner(index._layout, src._values.device), at)
+    return values_of(src).reshape(-1)[where]
+
+
+def _deliver(func: Any, x: NestedTensor, out: Tensor) -> NestedTensor:
+    """The result, or `x` written in place for the `name_` form."""
+    if names(func).endswith("_"):
+        values_of(x).copy_(out)
+        return x
+    return like(x, out)
+
+
+@register("indexing", "index_add", "index_copy", "index_fill", "index_reduce")
+def index_along(func: Any, x: NestedTensor, dim: int, index: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
+    layout = x._layout
+    d = layout.element_dim(dim)
+    if d is None:
+        raise ValueError(f"{names(func)} along the batch dim would read padding; assign elements instead")
+    if d not in layout.ragged_dims:
+        v = layout.values_dim(d)
+        if isinstance(source, NestedTensor):
+            source = values_of(source)
+        elif isinstance(source, Tensor) and source.dim():
+            source = align([source, x], names(func))[1][0]
+            shape = list(x._values.shape)
+            shape[v] = len(index.reshape(-1))
+            source = source.expand(shape)
+        out = func(values_of(x), v, index, source, *args, **kwargs)
+        return x if names(func).endswith("_") else like(x, out)
+    where = read(positions(x), (slice(None),) * (d + 1) + (index.reshape(-1),))
+    values = values_of(x)
+    name = names(func).rstrip("_")
+    if isinstance(where, NestedTensor):
+        given = align([source, where], name)[1][0] if isinstance(source, Tensor) and source.dim() else source
+        where = values_of(where)
+    else:
+        given = source
+    flat, at = values.reshape(-1), where.reshape(-1)
+    if isinstance(given, Tensor) and name != "index_fill":
+        given = given.expand(where.shape).reshape(-1)
+    base = {
+        "index_add": torch.index_add,
+        "index_copy": torch.index_copy,
+        "index_fill": torch.index_fill,
+        "index_reduce": torch.index_reduce,
+    }[name]
+    return _deliver(func, x, base(flat, 0, at, given, *args, **kwargs).view(values.shape))
+
+
+@register("indexing", "index_put")
+def index_put(func: Any, x: NestedTensor, indices: Any, values: Any, accumulate: bool = False) -> NestedTensor:
+    out = x if names(func).endswith("_") else x.clone()
+    index = tuple(slice(None) if i is None else i for i in indices)
+    put(out, read(positions(x), index if len(index) > 1 else index[0]), values, accumulate)
+    return out
+
+
+@register("indexing", "select_scatter", "slice_scatter", "diagonal_scatter")
+def part_scatter(func: Any, x: NestedTensor, src: Any, *args: Any, **kwargs: Any) -> NestedTensor:
+    name = names(func)
+    where = positions(x)
+    if name == "select_scatter":
+        part = torch.select(where, *args, **kwargs)
+    elif name == "slice_scatter":
+        part = _slice(where, *args, **kwargs)
+    else:
+        part = torch.diagonal(where, *args, **kwargs)
+    out = x.clone()
+    put(out, part, src)
+    return out
+
+
+def _slice(x: NestedTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    d = x._layout.element_dim(dim)
+    piece = slice(start, end, step)
+    return x[piece] if d is None else x[(slice(None),) * (d + 1) + (piece,)]
+
+
+@register("indexing", "take", "put", path="refused")
+def take(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(f"{names(func)} addresses padded positions; use .concat, gather or x[b, t]")
+
+
+__all__ = ["filter_rows", "put", "read", "write"]
