@@ -136,7 +136,7 @@ def test_without_a_terminal_a_log_point_is_a_plain_line(console, capsys):
     assert not console.bar.live
     console.log("epoch 1/2 train", 50, 100, {"loss": 0.5, "lr": 3e-4})
     console.log("train", 7, None, {"loss": float("nan")})
-    assert capsys.readouterr().out == "epoch 1/2 train [50/100] loss 0.5000  lr 3.000e-04\ntrain [7/?] loss nan\n"
+    assert capsys.readouterr().out == "epoch 1/2 train [50/100] loss 0.5  lr 0.0003\ntrain [7/?] loss nan\n"
 
 
 def test_a_table_folds_where_the_terminal_ends():
@@ -192,11 +192,11 @@ def test_the_bar_on_a_terminal():
         "after",
     ]
     last = next(line for line in screen(text) if line.startswith("epoch 4/4"))
-    assert "40/40" in last and "loss 0.0250" in last and "/s" in last and "ETA" not in last
+    assert "40/40" in last and "loss 0.025" in last and "/s" in last and "ETA" not in last
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert "ETA" in plain
     evaluation = plain[plain.index("  val ") : plain.index("row of step 20")]
-    assert re.search(r"20/40 .*loss 0.0500\r\n  val +\S+ 1/5", evaluation)  # where the run stands, and the second bar
+    assert re.search(r"20/40 .*loss 0.05\r\n  val +\S+ 1/5", evaluation)  # where the run stands, and the second bar
     after = plain[plain.index("row of step 20") : plain.index("WARNING: warned at 20")]
     assert "20/40" in after and "  val " not in after  # which goes when the evaluation is over
     assert "train [20/40]" not in plain  # the bar shows it; the line is for the log file
@@ -211,7 +211,7 @@ def test_colours_are_left_out_when_asked():
 
 def test_the_bar_can_be_switched_off_on_a_terminal():
     text = on_a_terminal(BAR.format(progress=False))
-    assert "epoch 4/4" not in text and "train [20/40] loss 0.0500" in text
+    assert "epoch 4/4" not in text and "train [20/40] loss 0.05" in text
 
 
 def test_the_bar_can_be_forced_elsewhere():
@@ -223,7 +223,7 @@ def test_the_bar_can_be_forced_elsewhere():
 
 def test_a_dumb_terminal_gets_lines():
     text = on_a_terminal(BAR.format(progress=None), TERM="dumb")
-    assert "train [20/40] loss 0.0500" in text and "\x1b[" not in text
+    assert "train [20/40] loss 0.05" in text and "\x1b[" not in text
 
 
 def test_a_bar_of_unknown_length():

@@ -10,11 +10,11 @@ from .scalars import flatten
 
 
 def format_number(value: Any) -> str:
-    """A number as people read it; anything else as `str` has it.
+    """A number as people read it in a column; anything else as `str` has it.
 
     Examples:
-        >>> [format_number(v) for v in (0.123456, 3e-4, 12, 123456.7, 0.0, float("nan"), None)]
-        ['0.1235', '3.000e-04', '12', '1.235e+05', '0.0000', 'nan', '-']
+        >>> [format_number(v) for v in (0.123456, 3e-4, 12, 7317.8598, 123456.7, 0.0, float("nan"), None)]
+        ['0.1235', '3.000e-04', '12', '7317.9', '1.235e+05', '0.0000', 'nan', '-']
     """
     if value is None:
         return "-"
@@ -22,7 +22,22 @@ def format_number(value: Any) -> str:
         return str(value)
     if math.isfinite(value) and value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.3e}"
-    return f"{value:.4f}"
+    return f"{value:.4f}" if not abs(value) >= 100 else f"{value:.1f}"
+
+
+def values_line(values: Mapping[str, Any]) -> str:
+    """Numbers by name on one line; those that four digits give exactly are written that way.
+
+    Examples:
+        >>> values_line({"loss": 0.123456, "lr": 3e-4, "momentum": 0.9, "skipped": 2})
+        'loss 0.1235  lr 0.0003  momentum 0.9  skipped 2'
+    """
+
+    def short(value: Any) -> str:
+        text = f"{value:.4g}" if isinstance(value, float) else ""
+        return text if text and float(text) == value else format_number(value)
+
+    return "  ".join(f"{name} {short(value)}" for name, value in flatten(values).items())
 
 
 def format_duration(seconds: float | None) -> str:
@@ -132,11 +147,6 @@ def evaluation_table(
         return format_number(flat[split].get(name)) + star + beside
 
     return table(["split", *names], [[split, *(cell(split, name) for name in names)] for split in flat], width=width)
-
-
-def values_line(values: Mapping[str, Any]) -> str:
-    """``loss 0.1235  lr 3.000e-04``."""
-    return "  ".join(f"{name} {format_number(value)}" for name, value in flatten(values).items())
 
 
 def _looks_numeric(text: str) -> bool:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..text import format_duration, format_number
+from ..text import format_duration, values_line
 
 REDRAW_SECONDS = 0.25
+SHOWN = ("loss", "lr", "grad_norm")
 
 
 class Progress:
@@ -59,8 +60,8 @@ class Progress:
             self._draw()
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Show these values from the next drawing on."""
-        self._values = "  ".join(f"{name} {format_number(value)}" for name, value in values.items())
+        """Show the loss, learning rates and gradient norm among these values from the next drawing on."""
+        self._values = values_line({name: v for name, v in values.items() if name.startswith(SHOWN)})
 
     def start_evaluation(self, split: str, total: int | None) -> None:
         """Show a second bar of ``total`` batches."""
