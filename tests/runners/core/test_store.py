@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -222,6 +223,34 @@ def test_closing_in_time_and_too_late(tmp_path):
     assert store.health["failures"] == 1 and "still being written after 0.05 s" in str(errors[0])
     gate.set()
     assert store.close()
+
+
+ENDING = """
+import sys, time
+from danling.runners import CheckpointStore
+
+class Slow:
+    def write(self, directory):
+        time.sleep(float(sys.argv[2]))
+        (directory / "model.bin").write_bytes(b"weights")
+        return ["model.bin"]
+
+store = CheckpointStore(sys.argv[1])
+store.save("step-1", Slow(), {"kind": "full", "global_step": 1})
+if sys.argv[3] == "close":
+    print(store.close(0.05))
+"""
+
+
+def test_a_process_that_ends_without_closing_still_finishes_the_save(tmp_path):
+    subprocess.run([sys.executable, "-c", ENDING, str(tmp_path), "0.3", "leave"], check=True, timeout=60)
+    assert CheckpointStore(tmp_path).newest() == tmp_path / "step-1"
+
+
+def test_a_save_that_was_given_up_does_not_hold_the_process(tmp_path):
+    command = [sys.executable, "-c", ENDING, str(tmp_path), "50", "close"]
+    done = subprocess.run(command, check=True, timeout=30, capture_output=True, text=True)
+    assert done.stdout == "False\n" and CheckpointStore(tmp_path).newest() is None
 
 
 # ---------------------------------------------------------------------- failures

@@ -703,7 +703,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
         self._write_summary(status)
         if not self.is_main_process:
             return
-        newest = self._store.newest() if drained else None
+        newest = (self._store.last_committed or self.last_checkpoint) if drained else None
         best = self.best_result
         self.console.block(
             f"{status}{f' ({reason})' if reason else ''}",
@@ -768,8 +768,8 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
         self._closed = True
         drained = True
         if (store := self.__dict__.get("_store")) is not None:
-            drained = store.drain(self.config.checkpoint.wait_timeout if timeout is None else timeout)
-            store.close()
+            timeout = self.config.checkpoint.wait_timeout if timeout is None else timeout
+            drained = store.close(timeout, commit=self.__dict__.get("_error") is None)
         crash_point("close")
         self.close_loaders()
         status = getattr(self, "_outcome", ("finished", None))[0]

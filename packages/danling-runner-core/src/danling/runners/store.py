@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import logging
 import os
@@ -197,7 +198,8 @@ class CheckpointStore:
         self._job = job
         job.needs_commit = self.coordinator.world_size > 1 and not self.coordinator.threaded
         target = self._write if job.needs_commit else self._write_and_commit
-        job.thread = threading.Thread(target=target, args=(job,), name=f"danling-save-{name}")
+        job.thread = threading.Thread(target=target, args=(job,), name=f"danling-save-{name}", daemon=True)
+        atexit.register(job.thread.join)  # a process that ends without `close` still finishes the save
         job.thread.start()
         return None
 
@@ -371,7 +373,8 @@ class CheckpointStore:
             self._tell()
             return True
         done = self.drain(timeout)
-        if not done and job is not None:
+        if not done and job is not None and job.thread is not None:
+            atexit.unregister(job.thread.join)  # the time is up for the end of the process, too
             self._failed(job.name, TimeoutError(f"still being written after {timeout} s"))
             self._tell()
         return done
@@ -384,6 +387,7 @@ class CheckpointStore:
             job.thread.join(timeout)
             if job.thread.is_alive():
                 return False
+            atexit.unregister(job.thread.join)
         self._job = None
         if job.needs_commit:
             self._commit(job)
