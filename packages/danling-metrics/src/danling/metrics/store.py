@@ -100,7 +100,9 @@ class Store:
                     self._accumulate(key, self.last_direct[key])
         count = rows.scores.shape[0]
         buffer = self.buffer
-        if self.keep:
+        if not count:  # leaves even the dtype alone
+            self.large, self.last = None, (buffer.size, buffer.size)
+        elif self.keep:
             buffer.append(rows)
             self.last = (buffer.size - count, buffer.size)
         elif self.folded:
