@@ -59,6 +59,8 @@ class StatefulSampler(Sampler):
         data_ranks: int = 1,
         train: bool = True,
     ) -> None:
+        if not 0 <= data_rank < data_ranks:
+            raise ValueError(f"data_rank is one of 0 to {data_ranks - 1}, got {data_rank}")
         self.length, self.split, self.seed, self.shuffle, self.train = length, split, seed, shuffle, train
         self.drop_last, self.batch_size = drop_last, batch_size
         self.data_rank, self.data_ranks = data_rank, data_ranks
