@@ -315,3 +315,28 @@ def test_a_missing_package_names_the_install(module, tmp_path, monkeypatch):
             TensorBoardTracker(tmp_path)
         else:
             tracker_module.WandbTracker(None, name="x", directory=tmp_path)
+
+
+def test_wandb_continues_the_run_of_the_checkpoint(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from danling.runners.config import RunnerConfig
+    from danling.runners.trackers.wandb import WandbTracker
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = RunnerConfig.of({"lineage": "line", "wandb": {"enabled": True, "mode": "offline", "tags": ["a"]}})
+    first = Trackers()
+    first.add(WandbTracker(config, name="digits", directory=tmp_path))
+    assert not (tmp_path / "wandb").exists()  # nothing is opened before the first value
+    first.log("val", {"loss": 0.5}, global_step=30, epoch=1, event="evaluate")
+    run = first["wandb"].run
+    assert (run.project, run.group, run.name, run.tags) == ("line", "exp", "digits", ("a",))
+    assert run.config["lineage"] == "line"
+    state = first.state_dict()
+    first.close()
+    second = Trackers()
+    second.add(WandbTracker(config, name="digits", directory=tmp_path))
+    second.load_state_dict(state)
+    second.log("val", {"loss": 0.4}, global_step=40, epoch=2, event="evaluate")
+    assert second["wandb"].run.id == state["wandb"]["id"]
+    second.close()
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{state['wandb']['id']}"))) == 2

@@ -163,7 +163,8 @@ def _end_of_last_line(fd: int, block: int = 65536) -> int:
     end = os.fstat(fd).st_size
     while end > 0:
         start = max(0, end - block)
-        at = os.pread(fd, end - start, start).rfind(b"\n")
+        os.lseek(fd, start, os.SEEK_SET)
+        at = os.read(fd, end - start).rfind(b"\n")
         if at >= 0:
             return start + at + 1
         end = start
