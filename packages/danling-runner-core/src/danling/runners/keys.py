@@ -63,7 +63,7 @@ def no_separator(value: str) -> bool:
     return bool(value) and value not in (".", "..") and not any(sign in value for sign in "/\\\0")
 
 
-NAME = Rule("without path separators, and not empty", no_separator)
+NAME = Rule("that is not empty and has no path separators", no_separator)
 RELATIVE = Rule(
     "relative to the run directory",
     lambda value: bool(value) and not value.startswith(("/", "\\")) and ".." not in value.replace("\\", "/").split("/"),
@@ -149,7 +149,7 @@ KEYS: dict[str, Key] = {
             "",
             ("stack", "str", "auto", "the engine: auto, torch, parallel, deepspeed, accelerate, or an installed one"),
             ("name", "str?", None, "name of the run; None takes the value of experiment", NAME),
-            ("workspace_root", "str", "experiments", "directory that holds all runs", Rule("not empty", bool)),
+            ("workspace_root", "str", "experiments", "directory that holds all runs", Rule("that is not empty", bool)),
             ("lineage", "str", "lin", "directory level above the experiment; a namespace only", NAME),
             ("experiment", "str", "exp", "directory level above the run", NAME),
             ("seed", "int?", 1016, "seed of every random number generator; None draws one", at_least(0), ID),
