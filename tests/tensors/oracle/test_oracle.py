@@ -24,6 +24,7 @@ def test_every_op_has_a_sample():
 
 @pytest.mark.filterwarnings("ignore::danling.tensors.NestedTensorFallbackWarning")
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0")
+@pytest.mark.filterwarnings("ignore:(torch|at)..?\\w+ is deprecated")
 @pytest.mark.parametrize(("name", "sample"), CASES)
 def test_op(name, sample):
     for layout in sample.layouts:

@@ -59,7 +59,10 @@ SAMPLES = {
     ],
     "layer_norm": [
         Sample(
-            lambda d, x: F.layer_norm(x, (4,), of(WEIGHT, x), of(BIAS, x)), layouts=STATIC_TAIL, dtypes=FP32, tolerance=1e-4
+            lambda d, x: F.layer_norm(x, (4,), of(WEIGHT, x), of(BIAS, x)),
+            layouts=STATIC_TAIL,
+            dtypes=FP32,
+            tolerance=1e-4,
         ),
         Sample(lambda d, x: F.layer_norm(x, (4,)), layouts=STATIC_TAIL),
     ],
@@ -71,7 +74,9 @@ SAMPLES = {
             tolerance=1e-4,
         )
     ],
-    "rms_norm": [Sample(lambda d, x: F.rms_norm(x, (4,), of(WEIGHT, x)), layouts=STATIC_TAIL, dtypes=FP32, tolerance=1e-4)],
+    "rms_norm": [
+        Sample(lambda d, x: F.rms_norm(x, (4,), of(WEIGHT, x)), layouts=STATIC_TAIL, dtypes=FP32, tolerance=1e-4)
+    ],
     "group_norm": [
         Sample(
             lambda d, x: (
@@ -119,7 +124,9 @@ SAMPLES = {
         ]
         for name, func in {"dropout": F.dropout, "alpha_dropout": F.alpha_dropout}.items()
     },
-    "native_dropout": [Sample(lambda d, x: torch.native_dropout(x, 0.0, True), layouts=("sequences", "two_ragged"), dtypes=FP32)],
+    "native_dropout": [
+        Sample(lambda d, x: torch.native_dropout(x, 0.0, True), layouts=("sequences", "two_ragged"), dtypes=FP32)
+    ],
     **{
         name: [
             Sample(lambda d, x, f=func: f(x, 0.5, False), dtypes=FP32, layouts=("two_ragged",)),
@@ -134,7 +141,9 @@ SAMPLES = {
     },
     "F.embedding": [
         Sample(lambda d, x: F.embedding(x, TABLE), ("index",), dtypes=FP32, grad=False),
-        Sample(lambda d, x: F.embedding(x, TABLE, padding_idx=0), ("index",), dtypes=FP32, layouts=("flat",), grad=False),
+        Sample(
+            lambda d, x: F.embedding(x, TABLE, padding_idx=0), ("index",), dtypes=FP32, layouts=("flat",), grad=False
+        ),
     ],
     "embedding": [Sample(lambda d, x: torch.embedding(TABLE, x), ("index",), dtypes=FP32, grad=False)],
     "F.embedding_bag": [

@@ -45,7 +45,10 @@ SAMPLES = {
     "polygamma": [Sample(lambda d, x: torch.polygamma(1, x), ("positive",), LAYOUTS, FP32)],
     "fake_quantize_per_tensor_affine": [
         Sample(
-            lambda d, x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, 255), layouts=LAYOUTS, dtypes=FP32, grad=False
+            lambda d, x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, 255),
+            layouts=LAYOUTS,
+            dtypes=FP32,
+            grad=False,
         )
     ],
     **spread(

@@ -10,7 +10,7 @@ from torch import nn
 FP32 = (torch.float32,)
 torch.manual_seed(0)
 NETS = {
-    "lstm": nn.LSTM(4, 3, 2, bidirectional=True, batch_first=True, proj_size=2),
+    "lstm": nn.LSTM(4, 3, 2, bidirectional=True, batch_first=True),
     "gru": nn.GRU(4, 3, batch_first=True),
     "rnn_tanh": nn.RNN(4, 3, 2, batch_first=True),
     "rnn_relu": nn.RNN(4, 3, batch_first=True, nonlinearity="relu", bidirectional=True),

@@ -176,5 +176,5 @@ def fractional(n, **settings):
 
 
 for _n in (2, 3):
-    SAMPLES[f"fractional_max_pool{_n}d"] = [fractional(_n, output_size=3), fractional(_n, output_ratio=0.5)]
+    SAMPLES[f"fractional_max_pool{_n}d"] = [fractional(_n, output_size=3), fractional(_n, output_ratio=(0.5,) * _n)]
     SAMPLES[f"fractional_max_pool{_n}d_with_indices"] = [fractional(_n, output_size=3, return_indices=True)]

@@ -120,6 +120,8 @@ def _by_size(func: Any, call: Any, operands: list[Tensor], trailing: list[int], 
     results: list[tuple[Any, list[tuple[int, ...]]]] = []
 
     def run(*dense: Tensor) -> Any:
+        if like._layout.batch_size == 0:
+            dense = tuple(_solvable(value, trailing[j]) for j, value in zip(varying, dense))
         merged = [shared.get(j) for j in range(len(operands))]
         for j, value in zip(varying, dense):
             merged[j] = value
@@ -142,6 +144,13 @@ def _by_size(func: Any, call: Any, operands: list[Tensor], trailing: list[int], 
     if isinstance(shape_of, Tensor):
         return out[0]
     return type(shape_of)(out) if isinstance(shape_of, (tuple, list)) else out
+
+
+def _solvable(probe: Tensor, width: int) -> Tensor:
+    """Made-up operands that no factorisation refuses, to learn the sizes of an empty batch's result."""
+    if width == 1:
+        return torch.ones_like(probe)
+    return torch.eye(*probe.shape[-2:], dtype=probe.dtype, device=probe.device).expand_as(probe)
 
 
 def _norm(name: str) -> Any:
