@@ -517,6 +517,20 @@ def test_yaml_round_trip(value):
     assert again == value and repr(again) == repr(value)
 
 
+def test_what_a_run_stored_is_read_without_its_class():
+    class Own(Mine):
+        identity_exclude: ClassVar = {"root", "data.root"}
+
+    config = Own({"width": 5, "data": {"root": "/x", "size": 3}, "optim.lr": 1e-3}).boot()
+    stored = RunnerConfig.stored(json.loads(config.jsons()), config.excluded())
+    for again in (stored, RunnerConfig.of(stored), pickle.loads(pickle.dumps(stored)), copy.deepcopy(stored)):
+        assert again.boot().width == 5 and again.identity() == config.identity()
+    with pytest.raises(ConfigError, match="epochs: 'soon'"):
+        RunnerConfig.stored({"epochs": "soon", "width": 5}).validate()
+    with pytest.raises(ConfigError, match="width: unknown key"):
+        RunnerConfig({"width": 5}).validate()
+
+
 def test_diff():
     config = RunnerConfig({"optim.lr": 1e-3, "model": {"a": 1, "b": 2}})
     other = RunnerConfig({"optim.lr": "1e-3", "model": {"a": 1.0, "c": 2}, "log": False})

@@ -249,6 +249,24 @@ class RunnerConfig(Config, metaclass=_Meta):
         copied._seal()
         return copied
 
+    @classmethod
+    def stored(cls, content: Mapping[str, Any], identity_exclude: Iterable[str] = ()) -> Self:
+        """Return the configuration that a run has stored, for use without the class it was declared on.
+
+        Args:
+            content: the keys; values of the user's own at the top level count as declared.
+            identity_exclude: what the class of the run left out of the identity.
+        """
+        config = cls(content)
+        config.__dict__["_own"] = frozenset(name for name, value in content.items() if not isinstance(value, Mapping))
+        config.__dict__["_excluded"] = frozenset(identity_exclude)
+        return config
+
+    def excluded(self) -> set[str]:
+        """Return the user's keys and sections that `identity_exclude` leaves out of the identity."""
+        declared = {name for base in type(self).__mro__ for name in base.__dict__.get("identity_exclude", ())}
+        return declared | set(self.__dict__.get("_excluded", ()))
+
     def parse(self, args: Iterable[str] | None = None) -> Self:  # type: ignore[override]
         """Read configuration files and single keys from the command line, then `boot`.
 
@@ -372,7 +390,7 @@ class RunnerConfig(Config, metaclass=_Meta):
         _drop_empty(self)
         _unwrap_variables(self)
         problems: list[str] = []
-        hints = hints_of(type(self))
+        hints, own = hints_of(type(self)), self.__dict__.get("_own", ())
         for name, value in list(self.items()):
             if name in SECTIONS:
                 problems += self._check_section(name, value)
@@ -383,6 +401,8 @@ class RunnerConfig(Config, metaclass=_Meta):
                 section = dict.get(self, name)
                 if isinstance(section, Config):
                     problems += _check_user(name, section)
+            elif name in own:
+                continue
             elif isinstance(value, Mapping) and name not in ENVIRONMENT:
                 near = next(
                     (
@@ -450,8 +470,7 @@ class RunnerConfig(Config, metaclass=_Meta):
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the run: dotted names and values, without budget, resources and danling's defaults."""
-        excluded = {name for base in type(self).__mro__ for name in base.__dict__.get("identity_exclude", ())}
-        return identity_view(self.of(self), excluded)
+        return identity_view(self.of(self), self.excluded())
 
     def diff(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:  # type: ignore[override]
         """Return the dotted keys whose values differ, with both values.
