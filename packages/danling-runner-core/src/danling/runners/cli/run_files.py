@@ -12,7 +12,7 @@ from ..atomic import read_json, read_yaml, restore_nonfinite
 from ..lock import is_locked
 from .main import CommandError
 
-ABOUT_THE_RUN = ("danling_version", "config_id")
+ABOUT_THE_RUN = ("danling_version", "config_id", "identity_exclude")
 """What ``runner.yaml`` holds besides the configuration."""
 
 MARKS = ("summary.json", "runner.yaml", "results.json")
