@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .runners import ResumeError as ResumeError
     from .runners import RunBusyError as RunBusyError
     from .runners import Runner as Runner
-    from .runners import RunnerConfig as Config
+    from .runners import RunnerConfig as Config  # noqa: F401
     from .runners import RunnerConfig as RunnerConfig
     from .runners import RunnerMode as RunnerMode
     from .runners import RunnerState as RunnerState
