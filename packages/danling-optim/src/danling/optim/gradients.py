@@ -1,8 +1,4 @@
-"""The passes over gradients that an update needs, each fused over all tensors and free of host reads.
-
-Every function takes a list of gradients as the optimizer sees them: dense, sparse, distributed (`DTensor`), of any
-mixture of devices and dtypes.
-"""
+"""The passes over gradients that an update needs, each fused over all tensors and free of host reads."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ import torch
 from torch import Tensor
 
 Reduce = Callable[[Tensor], Any]
+Kinds = dict[tuple[torch.device, torch.dtype], list[Tensor]]
 
 
 def _dtensor_type() -> Any:
@@ -23,198 +20,190 @@ def _dtensor_type() -> Any:
     return None if module is None else module.DTensor
 
 
-def local_parts(grads: Iterable[Any]) -> list[Tensor]:
-    """Return the dense tensors in which this process stores `grads`; writing to them changes the gradients."""
-    distributed = _dtensor_type()
-    parts = []
-    for grad in grads:
-        if distributed is not None and isinstance(grad, distributed):
-            grad = grad.to_local()
-        if grad.layout is not torch.strided:
-            grad = grad._values()
-        if grad.is_complex():
-            grad = torch.view_as_real(grad)
-        if grad.numel():
-            parts.append(grad)
-    return parts
-
-
-def by_kind(tensors: Sequence[Tensor]) -> Iterable[tuple[torch.device, torch.dtype, list[Tensor]]]:
-    """Split tensors by device and dtype, the granularity of torch's foreach functions."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    for (device, dtype), members in groups.items():
-        yield device, dtype, members
-
-
-def scale_(grads: Sequence[Tensor], factor: float | Tensor) -> None:
-    """Multiply gradients in place by a number or by a tensor without dimensions."""
-    for device, dtype, parts in by_kind(local_parts(grads)):
-        if not isinstance(factor, Tensor):
-            torch._foreach_mul_(parts, float(factor))
-            continue
-        # One kernel for all wants equal dtypes. float16 has too little range for a factor, so it keeps float32.
-        kind = factor.dtype if dtype is torch.float16 else dtype
-        torch._foreach_mul_(parts, factor.to(device=device, dtype=kind, non_blocking=True))
-
-
-def clamp_(grads: Sequence[Tensor], limit: float) -> None:
-    """Limit every element of the gradients to [-limit, limit], in place."""
-    for _, _, parts in by_kind(local_parts(grads)):
-        torch._foreach_clamp_min_(parts, -limit)
-        torch._foreach_clamp_max_(parts, limit)
-
-
-def nonfinite_flag(grads: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return a float32 tensor without dimensions: 1 if any element in this process is infinite or NaN, else 0.
-
-    The gradients keep their values: the kernel that gradient scalers use multiplies by one while it looks.
-    """
-    flag = torch.zeros((), dtype=torch.float32, device=device)
-    found = {device: flag}
-    one: dict[torch.device, Tensor] = {}
-    for where, _, parts in by_kind(local_parts(grads)):
-        if where not in found:
-            found[where] = torch.zeros((), dtype=torch.float32, device=where)
-        if where not in one:
-            one[where] = torch.ones((), dtype=torch.float32, device=where)
-        torch._amp_foreach_non_finite_check_and_unscale_(parts, found[where], one[where])
-    for where, other in found.items():
-        if where != device:
-            flag = torch.maximum(flag, other.to(device, non_blocking=True))
-    return flag
-
-
-def coalesce_(params: Iterable[Tensor]) -> None:
-    """Sum the duplicates in sparse gradients, so that their stored values are the values of the gradient."""
-    for param in params:
-        if param.grad is not None and param.grad.layout is torch.sparse_coo and not param.grad.is_coalesced():
-            param.grad = param.grad.coalesce()
-
-
-def _powers(parts: Sequence[Tensor], order: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the sum of the `order`-th powers of all elements (the largest magnitude for infinity)."""
-    norms = _norms(parts, order, dtype, device)
-    return norms.amax() if order == inf else norms.pow_(order).sum()
-
-
-def _norms(parts: Sequence[Tensor], order: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    norms: list[Tensor] = []
-    for where, kind, members in by_kind(parts):
-        wide = torch.float64 if kind is torch.float64 else torch.float32
-        found = torch._foreach_norm(members, order, wide)
-        norms.extend(found if where == device and wide is dtype else [norm.to(device, dtype) for norm in found])
-    return torch.stack(norms) if norms else torch.zeros(1, dtype=dtype, device=device)
-
-
-def total_norm(
-    grads: Sequence[Tensor],
-    order: float,
-    device: torch.device,
-    meshes: Sequence[Any] = (),
-    reduce_norm: Reduce | None = None,
-) -> Tensor:
-    """Return the norm of all gradients together, without a host read.
-
-    Norms are taken in float32 at least, so that finite half precision gradients have a finite norm. What a `DTensor`
-    shards is summed over its mesh, dimension by dimension; what it replicates counts once. Every rank of a mesh joins
-    its reductions whether or not it holds gradients.
-
-    Args:
-        grads: gradients, each once.
-        order: order of the norm, positive or infinity.
-        device: where the result is wanted.
-        meshes: the device meshes of the parameters, in the same order on every rank.
-        reduce_norm: called with the sum of powers (the maximum for infinity); returns it extended over further ranks,
-            or extends it in place.
-
-    Returns:
-        A tensor without dimensions, float32, or float64 if there is a float64 gradient.
-    """
-    plain, sharded = _split(grads)
-    dense = local_parts(plain)
-    local = dense + [part for members in sharded.values() for part in members]
-    dtype = torch.float64 if any(part.dtype is torch.float64 for part in local) else torch.float32
-    if not meshes and not sharded and reduce_norm is None:
-        norms = _norms(dense, order, dtype, device)
-        return norms.amax() if order == inf else torch.linalg.vector_norm(norms, order)
-    if meshes or reduce_norm is not None:
-        # Ranks must agree on the dtype of what they exchange, whatever gradients they hold.
-        dtype = torch.float32
-    total = _powers(dense, order, dtype, device)
-    for mesh in meshes:
-        total = _join(total, _over_mesh(mesh, sharded, order, dtype, device), order)
-    if reduce_norm is not None:
-        reduced = reduce_norm(total)
-        total = total if reduced is None else reduced
-    return total if order == inf else total.pow(1.0 / order)
-
-
-def _join(left: Tensor, right: Tensor, order: float) -> Tensor:
-    return torch.maximum(left, right) if order == inf else left + right
-
-
-def _split(grads: Sequence[Any]) -> tuple[list[Tensor], dict[tuple[Any, int], list[Tensor]]]:
-    """Separate plain gradients from distributed ones, the latter by mesh and by the mesh dimensions that shard them."""
-    distributed = _dtensor_type()
-    if distributed is None:
-        return list(grads), {}
-    plain: list[Tensor] = []
-    sharded: dict[tuple[Any, int], list[Tensor]] = {}
-    for grad in grads:
-        if not isinstance(grad, distributed):
-            plain.append(grad)
-            continue
-        if any(placement.is_partial() for placement in grad.placements):
-            # The norm of a sum is not the sum of norms: add up first.
-            from torch.distributed.tensor import Replicate
-
-            placements = [Replicate() if placement.is_partial() else placement for placement in grad.placements]
-            grad = grad.redistribute(placements=placements)
-        pattern = sum(1 << dim for dim, placement in enumerate(grad.placements) if not placement.is_replicate())
-        sharded.setdefault((grad.device_mesh, pattern), []).extend(local_parts([grad]))
-    return plain, sharded
-
-
-def _over_mesh(
-    mesh: Any, sharded: dict[tuple[Any, int], list[Tensor]], order: float, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Return the sum of powers of what lives on one mesh, the same on each of its ranks.
-
-    One entry per set of sharding dimensions travels through one reduction per mesh dimension; an entry takes the
-    reduced value only where that dimension shards it.
-    """
-    entries = [_powers(sharded.get((mesh, pattern), []), order, dtype, device) for pattern in range(1 << mesh.ndim)]
-    vector = torch.stack(entries)
-    for dim in range(mesh.ndim):
-        if mesh.size(dim) == 1:
-            continue
-        reduced = _all_reduce(vector, mesh, dim, "max" if order == inf else "sum")
-        shards = torch.tensor([bool(pattern >> dim & 1) for pattern in range(len(entries))]).to(
-            device, non_blocking=True
-        )
-        vector = torch.where(shards, reduced, vector)
-    return vector.amax() if order == inf else vector.sum()
-
-
-def flag_over_mesh(flag: Tensor, mesh: Any) -> Tensor:
-    """Return the largest flag of all ranks of a mesh."""
-    for dim in range(mesh.ndim):
-        if mesh.size(dim) > 1:
-            flag = _all_reduce(flag, mesh, dim, "max")
-    return flag
-
-
-def _all_reduce(tensor: Tensor, mesh: Any, dim: int, kind: str) -> Tensor:
-    import torch.distributed as dist
-
-    result = tensor.clone()
-    dist.all_reduce(result, op=dist.ReduceOp.MAX if kind == "max" else dist.ReduceOp.SUM, group=mesh.get_group(dim))
-    return result
-
-
 def mesh_of(param: Any) -> Any | None:
     """Return the device mesh of a distributed parameter, `None` for any other tensor."""
     distributed = _dtensor_type()
     return param.device_mesh if distributed is not None and isinstance(param, distributed) else None
+
+
+class Gradients:
+    """The gradients of an update as the dense tensors in which this process stores them.
+
+    They are collected once and sorted by device and dtype, the granularity of torch's foreach functions. Writing to
+    the tensors changes the gradients, which may be dense, sparse, complex or distributed (`DTensor`).
+
+    Args:
+        params: parameters, each once. Sparse gradients are coalesced, so that what they store are their values.
+        device: where norms and flags are wanted.
+        meshes: device meshes of the parameters, in the same order on every rank.
+    """
+
+    __slots__ = ("device", "kinds", "meshes", "plain", "sharded")
+
+    def __init__(self, params: Iterable[Tensor], device: torch.device, meshes: Sequence[Any] = ()) -> None:
+        self.device = device
+        self.meshes = meshes
+        self.kinds: Kinds = {}
+        # What counts towards the norm here: ordinary gradients, and shards by mesh and sharded dimensions. Without
+        # distributed gradients the first is all there is.
+        self.plain: Kinds = self.kinds
+        self.sharded: dict[tuple[Any, int], Kinds] = {}
+        if not meshes:
+            for param in params:
+                if param.grad is not None:
+                    _add(self.kinds, _dense(param, param.grad))
+            return
+        self.plain = {}
+        distributed = _dtensor_type()
+        for param in params:
+            grad: Any = param.grad
+            if grad is None:
+                continue
+            if not isinstance(grad, distributed):
+                part = _dense(param, grad)
+                _add(self.kinds, part)
+                _add(self.plain, part)
+                continue
+            _add(self.kinds, _real(grad.to_local()))
+            grad = _summed(grad)
+            pattern = sum(1 << dim for dim, kind in enumerate(grad.placements) if not kind.is_replicate())
+            _add(self.sharded.setdefault((grad.device_mesh, pattern), {}), _real(grad.to_local()))
+
+    def scale_(self, factor: float | Tensor) -> None:
+        """Multiply all gradients in place by a number or by a tensor without dimensions."""
+        for (device, dtype), parts in self.kinds.items():
+            if isinstance(factor, Tensor):
+                # One kernel for all wants equal dtypes. float16 has too little range for a factor: it keeps float32.
+                kind = factor.dtype if dtype is torch.float16 else dtype
+                torch._foreach_mul_(parts, factor.to(device=device, dtype=kind, non_blocking=True))
+            else:
+                torch._foreach_mul_(parts, float(factor))
+
+    def clamp_(self, limit: float) -> None:
+        """Limit every element to [-limit, limit], in place."""
+        for parts in self.kinds.values():
+            torch._foreach_clamp_min_(parts, -limit)
+            torch._foreach_clamp_max_(parts, limit)
+
+    def nonfinite(self) -> Tensor:
+        """Return 1 if any element in this process is infinite or NaN, else 0: float32, without dimensions.
+
+        The gradients keep their values: the kernel that gradient scalers use multiplies by one while it looks.
+        """
+        flag = torch.zeros((), dtype=torch.float32, device=self.device)
+        for (device, _), parts in self.kinds.items():
+            found = flag if device == self.device else torch.zeros((), dtype=torch.float32, device=device)
+            one = torch.ones((), dtype=torch.float32, device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(parts, found, one)
+            if found is not flag:
+                flag = torch.maximum(flag, found.to(self.device, non_blocking=True))
+        return flag
+
+    def norm(self, order: float, reduce_norm: Reduce | None = None) -> Tensor:
+        """Return the norm of all gradients together, without dimensions: float32, or float64 if one of them is.
+
+        Norms are taken in float32 at least, so that finite half precision gradients have a finite norm. What a
+        `DTensor` shards is summed over its mesh, one reduction per mesh dimension for all gradients; what it
+        replicates counts once. Every rank of a mesh joins its reductions whether or not it holds gradients.
+
+        Args:
+            order: order of the norm, positive or infinity.
+            reduce_norm: called with the sum of powers (the maximum for infinity); returns it extended over further
+                ranks, or extends it in place.
+        """
+        if not self.meshes and reduce_norm is None:
+            norms = _norms(self.plain, order, self.device)
+            return torch.linalg.vector_norm(norms, order)
+        total = _powers(self.plain, order, self.device)
+        for mesh in self.meshes:
+            part = self._over_mesh(mesh, order)
+            total = torch.maximum(total, part) if order == inf else total + part
+        if reduce_norm is not None:
+            reduced = reduce_norm(total)
+            total = total if reduced is None else reduced
+        return total if order == inf else total.pow(1.0 / order)
+
+    def _over_mesh(self, mesh: Any, order: float) -> Tensor:
+        """Return the sum of powers of what lives on one mesh, the same on each of its ranks.
+
+        One entry per set of sharded dimensions travels through one reduction per mesh dimension; an entry takes the
+        reduced value only where that dimension shards it.
+        """
+        patterns = range(1 << mesh.ndim)
+        vector = torch.stack([_powers(self.sharded.get((mesh, p), {}), order, self.device) for p in patterns])
+        for dim in range(mesh.ndim):
+            if mesh.size(dim) > 1:
+                reduced = _all_reduce(vector, mesh, dim, largest=order == inf)
+                shards = torch.tensor([bool(pattern >> dim & 1) for pattern in patterns])
+                vector = torch.where(shards.to(self.device, non_blocking=True), reduced, vector)
+        return vector.amax() if order == inf else vector.sum()
+
+
+def largest_over_mesh(flag: Tensor, mesh: Any) -> Tensor:
+    """Return the largest flag of all ranks of a mesh."""
+    for dim in range(mesh.ndim):
+        if mesh.size(dim) > 1:
+            flag = _all_reduce(flag, mesh, dim, largest=True)
+    return flag
+
+
+def _all_reduce(tensor: Tensor, mesh: Any, dim: int, largest: bool) -> Tensor:
+    import torch.distributed as dist
+
+    result = tensor.clone()
+    dist.all_reduce(result, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=mesh.get_group(dim))
+    return result
+
+
+def _summed(grad: Any) -> Any:
+    """Return a distributed gradient without pending sums: the norm of a sum is not the sum of norms."""
+    if not any(kind.is_partial() for kind in grad.placements):
+        return grad
+    from torch.distributed.tensor import Replicate
+
+    return grad.redistribute(placements=[Replicate() if kind.is_partial() else kind for kind in grad.placements])
+
+
+def _dense(param: Tensor, grad: Tensor) -> Tensor:
+    """Return the elements of an ordinary gradient as a dense real tensor."""
+    if grad.layout is not torch.strided:
+        if grad.layout is torch.sparse_coo:
+            if not grad.is_coalesced():
+                grad = param.grad = grad.coalesce()
+            grad = grad._values()
+        else:
+            grad = grad.values()
+    return _real(grad)
+
+
+def _real(part: Tensor) -> Tensor:
+    return torch.view_as_real(part) if part.is_complex() else part
+
+
+def _add(kinds: Kinds, part: Tensor) -> None:
+    if part.numel():
+        key = part.device, part.dtype
+        if key in kinds:
+            kinds[key].append(part)
+        else:
+            kinds[key] = [part]
+
+
+def _norms(kinds: Kinds, order: float, device: torch.device) -> Tensor:
+    """Return the norm of each tensor, one vector on one device."""
+    norms: list[Tensor] = []
+    wide = torch.float64 if any(dtype is torch.float64 for _, dtype in kinds) else torch.float32
+    for (where, dtype), parts in kinds.items():
+        found = torch._foreach_norm(parts, order, torch.float64 if dtype is torch.float64 else torch.float32)
+        exact = where == device and (dtype is torch.float64 or wide is torch.float32)
+        norms.extend(found if exact else [norm.to(device, wide, non_blocking=True) for norm in found])
+    return torch.stack(norms) if norms else torch.zeros(1, device=device)
+
+
+def _powers(kinds: Kinds, order: float, device: torch.device) -> Tensor:
+    """Return the sum of the powers of all elements (the largest magnitude for infinity), in float32.
+
+    Ranks exchange this value, so its dtype must not depend on what a rank happens to hold.
+    """
+    norms = _norms(kinds, order, device)
+    return (norms.amax() if order == inf else norms.pow(order).sum()).to(torch.float32)

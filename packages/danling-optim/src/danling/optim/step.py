@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from . import gradients
+from .gradients import Gradients, Reduce, largest_over_mesh, mesh_of
 
 
 class OptimizerStepResult(NamedTuple):
@@ -90,8 +90,8 @@ class OptimizerStep:
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
         scaler: Any = None,
-        reduce_norm: gradients.Reduce | None = None,
-        reduce_flag: gradients.Reduce | None = None,
+        reduce_norm: Reduce | None = None,
+        reduce_flag: Reduce | None = None,
     ) -> None:
         if interval not in (None, "step", "epoch"):
             raise ValueError(f"interval is {interval!r}, but a scheduler follows 'step' or 'epoch'")
@@ -114,6 +114,7 @@ class OptimizerStep:
         self._ids: list[int] | None = None
         self._params: list[Tensor] = []
         self._meshes: list[Any] = []
+        self._device = torch.device("cpu")
 
     def __getattr__(self, name: str) -> Any:
         # Called for what this class lacks. `__dict__` is empty while an object is being copied or unpickled.
@@ -182,17 +183,17 @@ class OptimizerStep:
         with torch.no_grad():
             grads = self._gradients()
             if self.clip_value is not None:
-                gradients.clamp_(grads, self.clip_value)
+                grads.clamp_(self.clip_value)
             if self.clip_norm is None:
                 return None
-            norm = self._norm(grads)
+            norm = grads.norm(self.norm_type, self.reduce_norm)
             self._scale_by(grads, norm)
             return _as_float32(norm)
 
     def has_nan_inf_grad(self) -> Tensor:
         """Return whether any gradient here holds an infinite or NaN element: a bool tensor, not read by the host."""
         with torch.no_grad():
-            return gradients.nonfinite_flag(self._gradients(), self._device) > 0
+            return self._gradients().nonfinite() > 0
 
     def step_scheduler(self, metric: Any = None) -> None:
         """Move the scheduler; `metric` goes to a `ReduceLROnPlateau`, which needs one.
@@ -248,38 +249,26 @@ class OptimizerStep:
     def _clips(self) -> bool:
         return self.clip_norm is not None or self.clip_value is not None
 
-    @property
-    def _device(self) -> torch.device:
-        params = self._parameters()
-        return params[0].device if params else torch.device("cpu")
-
     def _require_metric(self, metric: Any) -> None:
         if metric is None and isinstance(self.scheduler, ReduceLROnPlateau):
             raise ValueError("ReduceLROnPlateau follows a metric: pass metric=... when it is due")
 
-    def _parameters(self) -> list[Tensor]:
-        """Return the unique parameters, collected again whenever any group holds other ones than last time."""
+    def _gradients(self) -> Gradients:
+        """Return the gradients of the unique parameters, which are listed again whenever a group holds other ones."""
         groups = self.optimizer.param_groups
         ids = [id(param) for group in groups for param in group["params"]]
         if ids != self._ids:
             unique = {id(param): param for param in chain.from_iterable(group["params"] for group in groups)}
             self._params = list(unique.values())
-            meshes = (gradients.mesh_of(param) for param in self._params)
+            meshes = (mesh_of(param) for param in self._params)
             self._meshes = list(dict.fromkeys(mesh for mesh in meshes if mesh is not None))
+            self._device = self._params[0].device if self._params else torch.device("cpu")
             self._ids = ids
-        return self._params
+        return Gradients(self._params, self._device, self._meshes)
 
-    def _gradients(self) -> list[Tensor]:
-        params = self._parameters()
-        gradients.coalesce_(params)
-        return [param.grad for param in params if param.grad is not None]
-
-    def _norm(self, grads: list[Tensor]) -> Tensor:
-        return gradients.total_norm(grads, self.norm_type, self._device, self._meshes, self.reduce_norm)
-
-    def _scale_by(self, grads: list[Tensor], norm: Tensor) -> None:
+    def _scale_by(self, grads: Gradients, norm: Tensor) -> None:
         if self.clip_norm is not None and self.clip_norm != math.inf:
-            gradients.scale_(grads, (self.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
+            grads.scale_((self.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
 
     @torch.no_grad()
     def _prepare(self, grad_scale: float | Tensor | None, scaler: Any) -> tuple[Tensor | None, bool]:
@@ -290,42 +279,43 @@ class OptimizerStep:
             found = scaler._found_inf_per_device(self.optimizer)
         grads = self._gradients()
         if grad_scale is not None:
-            gradients.scale_(grads, grad_scale)
+            grads.scale_(grad_scale)
         norm = None
         if self.clip_norm is not None and self.clip_value is None:
-            norm = self._norm(grads)
+            norm = grads.norm(self.norm_type, self.reduce_norm)
         if scaler is not None or self.skip_nonfinite:
             flag = self._flag(grads, norm, found)
             if bool(flag):
                 # Collective if the gradients are distributed, and so is the verdict: all ranks come here or none.
-                return (self._norm(grads) if norm is None and self.clip_norm is not None else norm), True
+                if self.clip_norm is not None and norm is None:
+                    norm = grads.norm(self.norm_type, self.reduce_norm)
+                return norm, True
         if self.clip_value is not None:
-            gradients.clamp_(grads, self.clip_value)
+            grads.clamp_(self.clip_value)
             if self.clip_norm is not None:
-                norm = self._norm(grads)
+                norm = grads.norm(self.norm_type, self.reduce_norm)
         if norm is not None:
             self._scale_by(grads, norm)
         return norm, False
 
-    def _flag(self, grads: list[Tensor], norm: Tensor | None, found: dict[torch.device, Tensor] | None) -> Tensor:
+    def _flag(self, grads: Gradients, norm: Tensor | None, found: dict[torch.device, Tensor] | None) -> Tensor:
         """Return the non-finite flag, common to all ranks."""
-        device = self._device
         if found is not None:
-            flag = torch.zeros((), dtype=torch.float32, device=device)
+            flag = torch.zeros((), dtype=torch.float32, device=grads.device)
             for other in found.values():
-                flag = torch.maximum(flag, other.to(device, non_blocking=True))
+                flag = torch.maximum(flag, other.to(grads.device, non_blocking=True))
         elif norm is not None:
             flag = norm.isfinite().logical_not().float()
         else:
-            flag = gradients.nonfinite_flag(grads, device)
+            flag = grads.nonfinite()
         for mesh in self._meshes:
-            flag = gradients.flag_over_mesh(flag, mesh)
+            flag = largest_over_mesh(flag, mesh)
         if self.reduce_flag is not None:
             reduced = self.reduce_flag(flag)
             flag = flag if reduced is None else reduced
         if found is not None:
             # The scaler follows the common verdict, or the ranks would scale differently from here on.
-            found.setdefault(device, flag)
+            found.setdefault(grads.device, flag)
             for other in found.values():
                 other.copy_(flag)
         return flag
