@@ -11,6 +11,7 @@ CPython and every torch from 2.10 on. Without a C++ compiler the wheel is a pure
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -22,9 +23,14 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
+METADATA = {"egg_info", "dist_info", "sdist"}  # commands that build nothing, and need no look at compilers
 PACKAGE = "danling.tensors.kernels"
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # torch 2.10: newer or unstable API does not compile
-CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off"]  # no contraction: same bits on every CPU
+CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden"]
+# No contraction, so that every CPU gives the same bits; what is ignored besides are floating exceptions and errno alone.
+CPU_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_FLAGS += ["-mavx2", "-mf16c"]  # which every such CPU has had since 2015; load.py looks before it loads
 LINK_FLAGS = ["-s"] if sys.platform == "linux" else []
 
 
@@ -89,13 +95,15 @@ def library(cpp_extension, device: str, sources: list[str], **extra) -> Extensio
         library_dirs=[*cpp_extension.library_paths(), *extra.pop("library_dirs", [])],
         libraries=["c10", "torch_cpu", *extra.pop("libraries", [])],
         define_macros=[*DEFINES, *extra.pop("define_macros", [])],
-        extra_compile_args={"cxx": CXX_FLAGS, **extra.pop("flags", {})},
+        extra_compile_args=extra.pop("flags"),
         extra_link_args=LINK_FLAGS,
         language="c++",
     )
 
 
 def extensions(cpp_extension, torch) -> list[Extension]:
+    if METADATA & set(sys.argv):
+        return []
     wish = os.environ.get("DANLING_BUILD_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"DANLING_BUILD_CUDA must be auto, 0 or 1, not {wish!r}")
@@ -105,7 +113,7 @@ def extensions(cpp_extension, torch) -> list[Extension]:
             raise SystemExit(f"DANLING_BUILD_CUDA=1, but {problem}")
         warn_pure(problem)
         return []
-    found = [library(cpp_extension, "cpu", ["copy.cpp", "segment.cpp"])]
+    found = [library(cpp_extension, "cpu", ["copy.cpp", "segment.cpp"], flags={"cxx": [*CXX_FLAGS, *CPU_FLAGS]})]
     toolkit = find_toolkit(cpp_extension)
     problem = "DANLING_BUILD_CUDA=0" if wish == "0" else cuda_problem(toolkit, torch)
     if problem is not None:
@@ -123,7 +131,7 @@ def extensions(cpp_extension, torch) -> list[Extension]:
         library_dirs=[cudart_folder(toolkit)],
         libraries=["torch_cuda", "cudart_static", "dl", "rt", "pthread"],
         define_macros=[("USE_CUDA", None)],
-        flags={"nvcc": ["-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden"]},
+        flags={"cxx": CXX_FLAGS, "nvcc": ["-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden"]},
     )
     return [*found, cuda]
 

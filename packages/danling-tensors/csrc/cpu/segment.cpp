@@ -114,9 +114,12 @@ struct Segments {
   }
 };
 
-// total[c] = sum of x[r][c] over rows, in blocks so that rounding errors stay small. f(value, row, column) is summed.
-template <typename Acc, typename F>
-void sum_rows(Acc* __restrict total, Acc* __restrict block, int64_t rows, int64_t columns, const F& f) {
+// total[c] = sum of f(r, c) over rows, in blocks so that rounding errors stay small. Four rows at a time spare the
+// accumulators' way through memory; `data` is what f reads, fetched ahead because four streams in a page outwit the CPU's own
+// prefetcher.
+template <typename Acc, typename T, typename F>
+void sum_rows(
+    Acc* __restrict total, Acc* __restrict block, const T* data, int64_t rows, int64_t columns, const F& f) {
   std::fill(total, total + columns, Acc(0));
   constexpr int64_t kBlock = 128;
   for (int64_t first = 0; first < rows; first += kBlock) {
@@ -127,6 +130,11 @@ void sum_rows(Acc* __restrict total, Acc* __restrict block, int64_t rows, int64_
     }
     int64_t r = first;
     for (; r + 4 <= stop; r += 4) {
+      const char* ahead = reinterpret_cast<const char*>(data + (r + 4) * columns);
+      const int64_t bytes = std::min<int64_t>(4, rows - r - 4) * columns * static_cast<int64_t>(sizeof(T));
+      for (int64_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch(ahead + at);
+      }
       for (int64_t c = 0; c < columns; ++c) {
         out[c] += (f(r, c) + f(r + 1, c)) + (f(r + 2, c) + f(r + 3, c));
       }
@@ -145,14 +153,15 @@ void sum_rows(Acc* __restrict total, Acc* __restrict block, int64_t rows, int64_
 }
 
 // The same for f that depends on the flat index alone. Few columns are read as fewer, wider rows, so that vectors fill.
-template <typename Acc, typename F>
-void sum_flat(Acc* __restrict total, std::vector<Acc>& scratch, int64_t rows, int64_t columns, const F& f) {
+template <typename Acc, typename T, typename F>
+void sum_flat(
+    Acc* __restrict total, std::vector<Acc>& scratch, const T* data, int64_t rows, int64_t columns, const F& f) {
   const int64_t fold = columns >= 16 || columns == 0 ? 1 : 32 / columns;
   const int64_t wide = columns * fold;
   scratch.resize(2 * wide);
   Acc* sums = fold == 1 ? total : scratch.data();
   sum_rows<Acc>(
-      sums, scratch.data() + wide, rows / fold, wide, [&](int64_t r, int64_t c) { return f(r * wide + c); });
+      sums, scratch.data() + wide, data, rows / fold, wide, [&](int64_t r, int64_t c) { return f(r * wide + c); });
   if (fold == 1) {
     return;
   }
@@ -175,7 +184,8 @@ void sum_kernel(const Segments& s, const T* in, SumResult<T>* out, bool mean) {
     thread_local std::vector<Sum<T>> total;
     total.resize(s.columns);
     const T* x = in + first * s.columns;
-    sum_flat<Sum<T>>(total.data(), scratch, count, s.columns, [x](int64_t j) { return static_cast<Sum<T>>(x[j]); });
+    sum_flat<Sum<T>>(
+        total.data(), scratch, x, count, s.columns, [x](int64_t j) { return static_cast<Sum<T>>(x[j]); });
     SumResult<T>* y = out + i * s.columns;
     for (int64_t c = 0; c < s.columns; ++c) {
       if constexpr (is_floating<T>) {
@@ -292,9 +302,9 @@ void softmax_kernel(const Segments& s, const T* in, T* out, bool log) {
     V* __restrict b = best.data();
     V* __restrict t = total.data();
     if (columns == 1) {
-      sum_flat<V>(t, block, count, 1, [=](int64_t j) { return exponential(static_cast<V>(x[j]) - b[0]); });
+      sum_flat<V>(t, block, x, count, 1, [=](int64_t j) { return exponential(static_cast<V>(x[j]) - b[0]); });
     } else {
-      sum_rows<V>(t, block.data(), count, columns, [=](int64_t r, int64_t c) {
+      sum_rows<V>(t, block.data(), x, count, columns, [=](int64_t r, int64_t c) {
         return exponential(static_cast<V>(x[r * columns + c]) - b[c]);
       });
     }
@@ -331,9 +341,9 @@ void softmax_backward_kernel(const Segments& s, const T* grad, const T* output, 
     T* __restrict x = out + first * columns;
     total.resize(columns);
     if (log) {
-      sum_flat<V>(total.data(), scratch, count, columns, [=](int64_t j) { return static_cast<V>(g[j]); });
+      sum_flat<V>(total.data(), scratch, g, count, columns, [=](int64_t j) { return static_cast<V>(g[j]); });
     } else {
-      sum_flat<V>(total.data(), scratch, count, columns, [=](int64_t j) {
+      sum_flat<V>(total.data(), scratch, g, count, columns, [=](int64_t j) {
         return static_cast<V>(g[j]) * static_cast<V>(y[j]);
       });
     }
@@ -372,9 +382,9 @@ void logsumexp_kernel(const Segments& s, const T* in, T* out) {
     }
     if (columns == 1) {
       sum_flat<V>(
-          total.data(), block, count, 1, [=](int64_t j) { return exponential(static_cast<V>(x[j]) - b[0]); });
+          total.data(), block, x, count, 1, [=](int64_t j) { return exponential(static_cast<V>(x[j]) - b[0]); });
     } else {
-      sum_rows<V>(total.data(), block.data(), count, columns, [=](int64_t r, int64_t c) {
+      sum_rows<V>(total.data(), block.data(), x, count, columns, [=](int64_t r, int64_t c) {
         return exponential(static_cast<V>(x[r * columns + c]) - b[c]);
       });
     }

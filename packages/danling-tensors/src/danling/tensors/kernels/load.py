@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ def _load(device: str) -> dict[str, Any]:
     state["path"] = str(path)
     if device == "cuda" and torch.version.cuda is None:
         state["error"] = "this torch is built without CUDA"
+        return state
+    needs_avx2 = device == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    if needs_avx2 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        state["error"] = "this CPU has no AVX2"
         return state
     if os.environ.get("DANLING_KERNELS") == "0":
         state["error"] = "switched off by DANLING_KERNELS=0"
