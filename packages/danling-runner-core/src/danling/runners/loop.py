@@ -129,8 +129,8 @@ class Loop:
                     if state.micro_step != before + 1:
                         _fail_unstepped(state.micro_step - before)
                     try:
-                        _, loss = output
-                    except (TypeError, ValueError):
+                        loss = output[1]
+                    except (TypeError, IndexError, KeyError):
                         _fail_output(output)
                     if loss is not None:
                         runner.record_loss(loss)

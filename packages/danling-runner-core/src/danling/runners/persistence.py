@@ -19,7 +19,7 @@ COMPONENTS = ("optimizer", "scheduler", "grad_scaler", "ema", "rng", "dataloader
 RECORD = "runner.json"
 CONFIG = "runner.yaml"
 RECORDED = ("runner", "state", "results", "callbacks", "trackers")  # what an override of state_dict adds goes with the rank
-FACTS = ("danling_version", "config_id")  # stand in the file beside the configuration
+FACTS = ("danling_version", "config_id", "identity_exclude")  # stand in the file beside the configuration
 
 
 class Snapshot:
@@ -76,7 +76,10 @@ class Persistence:
         excluded = self._excluded()
         self.state.load_state_dict(state["state"])
         if "results" not in excluded:
-            self.results.load_state_dict(state["results"])
+            try:
+                self.results.load_state_dict(state["results"])
+            except ValueError as error:
+                raise ResumeError(f"{error}; add 'results' to checkpoint.exclude_from_loading to start them afresh") from error
         if "callbacks" not in excluded:
             for name in self.events.load_state_dict(state.get("callbacks", {})):
                 self.logger.warning("the checkpoint holds state of a callback %r that this run does not have", name)
@@ -141,7 +144,8 @@ class Persistence:
         """Save the untrained state, so that runs on other layouts can start from the same weights."""
         if self.global_step > 0:
             self.logger.warning("a seed checkpoint is taken before training, but global_step is %d", self.global_step)
-        self._store_save(name, [], final=True, force=True, kind="seed")
+        kind = "model" if self.config.checkpoint.last_save_model_only else "seed"
+        self._store_save(name, [], final=True, force=True, kind=kind)
 
     def _save_final_model(self) -> None:
         self._store_save("final", [], final=True, force=True, kind="model")
@@ -153,7 +157,10 @@ class Persistence:
 
     def config_content(self) -> dict[str, Any]:
         """The content of `runner.yaml`: the configuration, the chosen stack, the seed in force."""
-        return self.workspace.config_content(plain(self.config), stack=self.stack, seed=self.rng_state.seed)
+        facts: dict[str, Any] = {"stack": self.stack, "seed": self.rng_state.seed}
+        if excluded := sorted(self.config.excluded()):
+            facts["identity_exclude"] = excluded
+        return self.workspace.config_content(plain(self.config), **facts)
 
     def capture_model(self) -> Callable[[Path], list[str] | None]:
         """Copy the weights alone (those of the EMA when there is one); return a function that writes them."""
@@ -285,8 +292,7 @@ class Persistence:
                 "its weights can be taken over with `pretrained`"
             )
         config = payload["record"]["runner"]
-        excluded = {name for base in type(self.config).__mro__ for name in base.__dict__.get("identity_exclude", ())}
-        theirs = identity_view(config, excluded)
+        theirs = identity_view(config, self.config.excluded())
         different = differences(self.config.identity(), theirs)
         different.pop("pretrained", None)
         if different:
@@ -421,7 +427,8 @@ def _read_config(path: Path) -> Any:
     from .config import RunnerConfig
 
     content = read_yaml(path / CONFIG if path.is_dir() else path)
-    return RunnerConfig({key: value for key, value in content.items() if key not in FACTS})
+    keys = {key: value for key, value in content.items() if key not in FACTS}
+    return RunnerConfig.stored(keys, content.get("identity_exclude", ()))
 
 
 def _checkpoint_path(src: Any) -> Path:

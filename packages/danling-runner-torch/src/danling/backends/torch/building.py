@@ -140,7 +140,7 @@ class Building(_Host):
         self.model.train()
         self.wrap_model()
         self.weigh = weight_rule(self.criterion, self._overridden_weight())
-        self.adds_losses = getattr(self.criterion, "reduction", None) == "sum" and self._overridden_weight() is None
+        self.weigh_evaluation = weight_rule(self.criterion, self._overridden_weight())
         if self.train_metrics is None:
             self.train_metrics = self.metrics
         if self.evaluate_metrics is None:

@@ -54,21 +54,30 @@ class Distributed(_Host):
     """Processes, devices and collectives of `TorchRunner`."""
 
     agreed: tuple[bool, bool] = (False, False)
+    _world: tuple[int, int, int] | None = None
+
+    def _read_world(self) -> tuple[int, int, int]:
+        """World size, rank and local rank, as the launcher gave them when the runner was built."""
+        if self._world is None:
+            size = int(os.environ.get("WORLD_SIZE", "1"))
+            ranks = (int(os.environ.get(name, "0")) if size > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
+            self._world = size, *ranks  # type: ignore[assignment]
+        return self._world  # type: ignore[return-value]
 
     @property
     def world_size(self) -> int:
-        """Processes of the run, as the launcher says."""
-        return int(os.environ.get("WORLD_SIZE", "1"))
+        """Processes of the run."""
+        return self._read_world()[0]
 
     @property
     def rank(self) -> int:
         """Number of this process."""
-        return int(os.environ.get("RANK", "0")) if self.world_size > 1 else 0
+        return self._read_world()[1]
 
     @property
     def local_rank(self) -> int:
         """Number of this process on its machine."""
-        return int(os.environ.get("LOCAL_RANK", "0")) if self.world_size > 1 else 0
+        return self._read_world()[2]
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +127,20 @@ class Distributed(_Host):
         store = dist.PrefixStore(f"danling/{self.state.elastic.restart_count}/{_groups_made}", _base_store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self._closing("group", _destroy_group)
+
+    def switch_timeouts(self) -> None:
+        """After the first update the groups made here wait no longer than `comm.train_timeout_seconds`."""
+        seconds = self.config.comm.train_timeout_seconds
+        if not self.distributed or not seconds:
+            return
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        groups = {dist.group.WORLD, self._control, getattr(self.coordinator, "group", None)} - {None}
+        for group in groups:
+            try:
+                _set_pg_timeout(timedelta(seconds=seconds), group)
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                self.logger.warning("the time-out of a process group cannot be changed: %s", error)
 
     # Collectives
 

@@ -101,7 +101,7 @@ class Evaluation(_Host):
         _, loss = self.evaluate_step(data)
         if loss is None:
             return
-        weight = self.weigh(data)
+        weight = self.weigh_evaluation(data)
         value = loss.detach() if isinstance(loss, Tensor) else loss
         if weight is None:
             weight = samples_in(data)

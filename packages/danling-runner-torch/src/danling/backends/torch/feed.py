@@ -47,6 +47,8 @@ class Feed:
         self._position = self._state.positions.setdefault(split, {"samples": 0})
         self._batches = 0  # micro-batches this rank has taken in this pass
         self._first = True
+        self._plain = False
+        self._sums = False  # whether losses are added instead of averaged
         self._last_batch: Any = _END
 
     def __enter__(self) -> Feed:
@@ -78,6 +80,8 @@ class Feed:
 
     def next_window(self) -> Window | None:
         """Take the micro-batches of the next update; None at the end of the data of all ranks, or when interrupted."""
+        if self._plain:
+            return self._next_plain()
         if self.interrupted:
             return None
         try:
@@ -98,6 +102,25 @@ class Feed:
         window = self.window
         window.open(batches, [self._weigh(batch) for batch in batches])
         window.samples, window.tokens = self._count(batches)
+        self._plain = self.accum_steps == 1
+        return window
+
+    def _next_plain(self) -> Window | None:
+        """The same for one process and windows of one micro-batch, with nothing that these do not need."""
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            self.exhausted = True
+            return None
+        except RuntimeError as error:
+            self._excuse(error)
+            return None
+        self._batches += 1
+        if self._batches == self._length:
+            self.exhausted = True
+        window = self.window
+        window.open_one(batch, self._weigh(batch))
+        window.samples, window.tokens = samples_in(batch), tokens_in(batch)
         return window
 
     def _take(self) -> list[Any]:
@@ -138,10 +161,11 @@ class Feed:
             real -= self._left_empty(batches)
         weights = [self._weigh(batch) for batch in batches[:real]]
         samples, tokens = self._count(batches[:real])
-        summed = not batches or weights[:1] == [None]
-        first, self._first_header = self._rng is not None, False
+        if weights:
+            self._sums = weights[0] is None
+        first = self._rng is not None
         header = runner.exchange_header(
-            weight=0.0 if summed else float(sum(map(_number, weights))),
+            weight=0.0 if self._sums else float(sum(map(_number, weights))),
             samples=samples,
             tokens=int(_number(tokens)),
             present=bool(batches),
@@ -166,7 +190,7 @@ class Feed:
         else:
             weights += [0] * (len(batches) - real)
             self._last_batch = batches[-1]
-        sums = runner.adds_losses
+        sums = self._sums
         window.open(
             batches,
             [None if sums else weight for weight in weights],

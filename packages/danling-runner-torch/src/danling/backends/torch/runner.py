@@ -32,7 +32,8 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
     def __init__(self, config: Any = None) -> None:
         self.window = Window()
         self.weigh: Any = None
-        self.adds_losses = False
+        self.weigh_evaluation: Any = None
+        self._first_update = True
         self.updater: Any = None
         self.grad_scaler: Any = None
         self.grad_norm: Any = None
@@ -41,7 +42,6 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
         self._buffers: Any = None
         self._log_mark: tuple[float, float] | None = None
         self._loader_states: dict[str, Any] = {}
-        self._muted = False
         super().__init__(config)
         self._meters = {mode: AverageMeters(distributed=self.distributed) for mode in (True, False)}
         self.init_precision()
@@ -60,7 +60,7 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
     @property
     def train_metrics(self) -> Any:
         """Metrics of training; silent while a batch is run that counts for nothing."""
-        return MUTED if self._muted else self._train_metrics
+        return MUTED if self.window.is_filler else self._train_metrics
 
     @train_metrics.setter
     def train_metrics(self, metrics: Any) -> None:

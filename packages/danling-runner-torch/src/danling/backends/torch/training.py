@@ -40,6 +40,8 @@ def split_batch(data: Any) -> tuple[Any, Any]:
     >>> split_batch({"input": 1, "target": 2}), split_batch([3, 4]), split_batch(5)
     ((1, 2), (3, 4), (5, None))
     """
+    if type(data) in (list, tuple) and len(data) > 1:
+        return data[0], data[1]
     if isinstance(data, Mapping):
         if "input" not in data:
             raise ValueError(f"a batch that is a mapping needs the key 'input'; it has {sorted(map(str, data))}")
@@ -60,7 +62,9 @@ class Training(_Host):
 
     def forward(self, model: Any, data: Any) -> Any:
         """Call a model on the input of a batch; a mapping is passed as keywords."""
-        return model(**data) if isinstance(data, Mapping) else model(data)
+        if type(data) is not Tensor and isinstance(data, Mapping):
+            return model(**data)
+        return model(data)
 
     def train_step(self, data: Any) -> tuple[Any, Any]:
         """Train on one micro-batch: device, forward, loss, metrics, backward, step.
@@ -75,8 +79,9 @@ class Training(_Host):
         with self.train_context():
             prediction = self.forward(self.model, source)
             loss = self._loss(prediction, target)
-        if self.train_metrics is not None and target is not None:
-            self.train_metrics.update(_detach(prediction), target)
+        metrics = self.train_metrics
+        if metrics is not None and target is not None:
+            metrics.update(_detach(prediction), target)
         self.advance(loss)
         return prediction, loss
 
@@ -89,7 +94,7 @@ class Training(_Host):
 
     def train_context(self) -> AbstractContextManager:
         """Encloses forward and loss of a training step: precision, and no synchronisation inside a window."""
-        if not self.distributed or self.window.is_last:
+        if self._world[0] == 1 or self.window.is_last:  # type: ignore[index]
             return self.forward_context()
         stack = ExitStack()
         stack.enter_context(self.no_sync())
@@ -125,7 +130,7 @@ class Training(_Host):
         if loss.numel() != 1:
             raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}; average it, with its loss_weight")
         window = self.window
-        if window.weight == 0:
+        if window.is_filler or window.weight == 0:
             self.backward_nothing(loss)
             return
         factor = window.factor
@@ -177,7 +182,8 @@ class Training(_Host):
     def optimizer_step(self) -> bool:
         """Update the weights and what follows every update; return whether it was applied.
 
-        Order: optimizer step (unscale, check, clip, step, schedule, clear), EMA, `global_step`, profiler, garbage collection.
+        Order: optimizer step (unscale, check, clip, step, schedule, clear), EMA, `global_step`, profiler,
+        time-outs of communication (after the first), garbage collection.
         """
         if self.updater is None:
             raise RuntimeError("there is no optimizer: set optim.type, assign self.optimizer, or override optimizer_step")
@@ -190,6 +196,9 @@ class Training(_Host):
             self._ema_schedule.after_update(self.unwrap(self.model), step)
         if self.profiler is not None:
             self.profiler.step()
+        if self._first_update:
+            self._first_update = False
+            self.switch_timeouts()
         if self.supervisor.manages_gc:
             self.supervisor.collect(step)
         return True
@@ -199,7 +208,8 @@ class Training(_Host):
     @property
     def meters(self) -> AverageMeters:
         """Averages of the mode in hand, `loss` among them; separate for training and for evaluation."""
-        return self._meters[self._mode is RunnerMode.TRAIN]
+        training = self._mode is RunnerMode.TRAIN
+        return MUTED if training and self.window.is_filler else self._meters[training]  # type: ignore[return-value]
 
     def record_loss(self, loss: Any) -> None:
         """Add the loss of the micro-batch that was just run to the meters, with its weight."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .infer import count_samples
 
+_SEQUENCES = (list, tuple)
+
 Weight = Any  # a number, a 0-d tensor on the batch's device, or None: losses are added
 
 
@@ -20,6 +22,8 @@ def target_of(batch: Any) -> Any:
     >>> target_of({"input": 1, "target": 2}), target_of((3, 4)), target_of(5)
     (2, 4, None)
     """
+    if type(batch) in _SEQUENCES and len(batch) > 1:
+        return batch[1]
     if isinstance(batch, Mapping):
         return batch.get("target")
     if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
@@ -37,6 +41,8 @@ def samples_in(batch: Any) -> int:
 
 def tokens_in(batch: Any) -> int | Tensor:
     """Tokens in a batch that tells: the packed length of a ragged input, or the sum of an attention mask; else 0."""
+    if type(batch) in _SEQUENCES and batch and type(batch[0]) is Tensor:
+        return 0
     if isinstance(batch, Mapping):
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor):
@@ -77,11 +83,21 @@ def weight_rule(criterion: Any, override: Callable[[Any], Weight] | None = None)
         True
         >>> weight_rule(lambda prediction, target: 0)(batch), weight_rule(None)({"loss_weight": 7})
         (3, 7)
+
+    Raises:
+        ValueError: when called, for a batch without `loss_weight` after one that had it, or the reverse.
     """
     rule = override or _criterion_rule(criterion)
+    given: bool | None = None
 
     def weigh(batch: Any) -> Weight:
-        if isinstance(batch, Mapping) and "loss_weight" in batch:
+        nonlocal given
+        has = type(batch) not in _SEQUENCES and isinstance(batch, Mapping) and "loss_weight" in batch
+        if has is not given:
+            if given is not None:
+                raise ValueError("some batches have the key 'loss_weight' and others have not: give it to all or to none")
+            given = has
+        if has:
             weight = batch["loss_weight"]
             return _host(weight.sum()) if isinstance(weight, Tensor) else weight
         return rule(batch)

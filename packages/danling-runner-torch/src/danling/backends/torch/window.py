@@ -68,6 +68,16 @@ class Window:
             self.factors = [0.0] * len(batches)
         return self
 
+    def open_one(self, batch: Any, weight: Any) -> None:
+        """Begin a window of one micro-batch in one process."""
+        self.batches = [batch]
+        self.weights = [weight]
+        self.index = 0
+        self.fillers = 1
+        self.applied = False
+        self.factors = None
+        self.weighs = weight is None or isinstance(weight, Tensor) or weight > 0
+
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
 
@@ -92,4 +102,4 @@ class Window:
     @property
     def is_filler(self) -> bool:
         """Whether the micro-batch in hand counts for nothing."""
-        return self.index >= self.fillers
+        return self.fillers <= self.index < len(self.batches)
