@@ -5,12 +5,13 @@
     python docs/examples/digits.py --help                            # every option
 """
 
-import danling as dl
 import torch
-from danling.metrics import multiclass_metrics
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
+
+import danling as dl
+from danling.metrics import multiclass_metrics
 
 
 class Config(dl.RunnerConfig):
