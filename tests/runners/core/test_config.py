@@ -412,6 +412,17 @@ def test_a_section_class_of_ones_own_keeps_its_class_types_and_post():
     assert type(copy.deepcopy(config).model) is Model
 
 
+def test_a_section_class_declared_on_the_class_types_what_is_given():
+    class Declared(RunnerConfig):
+        model: Model = Model()
+
+    config = Declared({"model": {"hidden": "5"}}).boot()
+    assert type(config.model) is Model and config.model.hidden == 5 and config.model.doubled == 10
+    assert Declared().parse(["--model.hidden", "6"]).model.doubled == 12 and Declared().model.hidden == 32
+    (line,) = problem_lines(Declared({"model.hidden": "wide"}))
+    assert line.startswith("model.hidden: 'wide'")
+
+
 def test_constructor_arguments_win_over_what_init_sets():
     config = Mine({"model": {"hidden": 8}}).boot()
     assert type(config.model) is Model and config.model.hidden == 8 and config.model.doubled == 16

@@ -129,12 +129,12 @@ class RunnerConfig(Config, metaclass=_Meta):
         super().__init__(default_factory=_made_by_a_read)
         self.__dict__["_conflicts"] = []
         self.__dict__["_given"] = []
-        for layer in (*args, kwargs):
-            if layer:
-                self.__dict__["_given"] += self._take(layer).items()
         defaults, _ = translate(class_defaults(type(self)))
         self._fill(deepcopy(defaults))
         self._fill({name: deepcopy(key.default) for name, key in KEYS.items() if _present(name)})
+        for layer in (*args, kwargs):
+            if layer:
+                self.__dict__["_given"] += self._take(layer).items()
 
     # -- storage: synonyms and older names reach the one key they stand for
 
