@@ -16,11 +16,13 @@ from torch.utils.data import IterableDataset
 from .rng import capture_rng, restore_rng
 from .weights import samples_in, tokens_in
 from .window import Window
+from .workers import stop_workers
 
 if TYPE_CHECKING:
     from .runner import TorchRunner
 
 _END = object()
+WORKER_LOST = (RuntimeError, ConnectionError)  # what a batch on its way from a worker that has died turns into
 
 
 class Feed:
@@ -67,7 +69,7 @@ class Feed:
                 self._length -= position["samples"]
             self._start = position["samples"]
             self._iterator = iter(self.loader)
-        except RuntimeError as error:
+        except WORKER_LOST as error:
             self._excuse(error)
             self._iterator = iter(())
         crash_point("loader.start")
@@ -86,7 +88,7 @@ class Feed:
             return None
         try:
             batches = self._take()
-        except RuntimeError as error:
+        except WORKER_LOST as error:
             self._excuse(error)
             batches = []
         if self._first or self.interrupted:
@@ -112,7 +114,7 @@ class Feed:
         except StopIteration:
             self.exhausted = True
             return None
-        except RuntimeError as error:
+        except WORKER_LOST as error:
             self._excuse(error)
             return None
         self._batches += 1
@@ -141,10 +143,11 @@ class Feed:
             tokens += tokens_in(batch)
         return samples, tokens
 
-    def _excuse(self, error: RuntimeError) -> None:
+    def _excuse(self, error: Exception) -> None:
         """A worker that dies while a stop is pending counts as the stop; anything else is an error."""
         if not self.runner.supervisor.stop:
             raise error
+        stop_workers(self.loader)  # or torch would raise again, at any line, whenever a child of this process ends
         self.interrupted = True
 
     def _interrupt(self) -> None:

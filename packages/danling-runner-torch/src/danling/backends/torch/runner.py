@@ -16,6 +16,7 @@ from .export import export_checkpoint
 from .restoring import Restoring
 from .training import MUTED, Training
 from .window import Window
+from .workers import stop_workers
 
 
 class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRunner):
@@ -69,8 +70,4 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
     def close_loaders(self) -> None:
         """Stop the workers of the loaders."""
         for loader in self.dataloaders.values():
-            iterator = getattr(loader, "_iterator", None)
-            if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-                iterator._shutdown_workers()
-            if iterator is not None:
-                loader._iterator = None
+            stop_workers(loader)
