@@ -1,6 +1,7 @@
 """The step of the weights on several ranks: one norm, one verdict, one scale."""
 
 import pytest
+
 from support.ranks import run_ranks
 
 COMMON = """

@@ -121,6 +121,7 @@ def deepspeed():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the first use of each kernel compiles it
 @pytest.mark.parametrize("name", CPU_DEEPSPEED)
 @pytest.mark.filterwarnings("ignore")
 def test_deepspeeds_cpu_optimizers(name, deepspeed):

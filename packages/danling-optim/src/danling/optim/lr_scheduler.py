@@ -27,31 +27,31 @@ _COSINE = _Unset("cosine")
 
 
 class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
-    r"""Learning rates that rise during warm-up, follow a curve, and run down during cool-down.
+    """Learning rates that rise during warm-up, follow a curve, and run down during cool-down.
 
     **With the default cool-down the last fifth of the schedule runs down to the floor.** To reach the final rate and
     stay there, pass `cooldown_steps=0`.
 
-    For a parameter group with base rate \(b\), final rate \(f\), floor \(m = \min(\text{min\_lr}, f)\), total steps
-    \(N\), warm-up \(W\), cool-down \(C\), and the number \(s\) of the optimizer step that uses the rate (1 after
+    For a parameter group with base rate `b`, final rate `f`, floor `m = min(min_lr, f)`, total steps
+    `N`, warm-up `W`, cool-down `C`, and the number `s` of the optimizer step that uses the rate (1 after
     construction, one more after each `step()`):
 
-    1. progress \(p = \min(s / N, 1)\), ratio \(r = \text{strategy}(p)\) from 0 to 1, and
-       \(y = b (f / b)^r\) (`"percentile"`) or \(y = f + (1 - r)(b - f)\) (`"numerical"`);
-    2. while \(s < W\): \(y \leftarrow m + (s / W)(y - m)\);
-    3. once \(s > N - C\): \(y \leftarrow m + k (y - m)\) with \(k = \max(0, (N - s) / C)\);
-    4. the rate is \(\max(m, y)\).
+    1. progress `p = min(s / N, 1)`, ratio `r = strategy(p)` from 0 to 1, and
+       `y = b (f / b)^r` (`"percentile"`) or `y = f + (1 - r)(b - f)` (`"numerical"`);
+    2. while `s < W`: `y ← m + (s / W)(y - m)`;
+    3. once `s > N - C`: `y ← m + k (y - m)` with `k = max(0, (N - s) / C)`;
+    4. the rate is `max(m, y)`.
 
-    After step \(N\) the last value is held. Rates depend on \(s\) alone, so resuming is exact to the bit.
+    After step `N` the last value is held. Rates depend on `s` alone, so resuming is exact to the bit.
 
-    Strategies, as the ratio \(r\) or in place of it:
+    Strategies, as the ratio `r` or in place of it:
 
-    - `linear`: \(p\); `cosine`: \((1 - \cos \pi p) / 2\); `constant`: 0;
-    - `polynomial`: \(1 - (1 - p)^{power}\), with `power=2.0`; numerical by default;
-    - `exponential`: \(p\), percentile only;
-    - `inverse_sqrt`: \(y = \max(f, b \sqrt{T / \max(s, T)})\) in place of 1, with `timescale=T`, by default \(W\), or
+    - `linear`: `p`; `cosine`: `(1 - cos π p) / 2`; `constant`: 0;
+    - `polynomial`: `1 - (1 - p)^power`, with `power=2.0`; numerical by default;
+    - `exponential`: `p`, percentile only;
+    - `inverse_sqrt`: `y = max(f, b sqrt(T / max(s, T)))` in place of 1, with `timescale=T`, by default `W`, or
       `max(1, total_steps // 20)` without warm-up;
-    - `wsd`: \(b\) until \(s = N - C\), then down to \(f\) at \(N\), in place of 3, with `decay="linear"`, `"cosine"` or
+    - `wsd`: `b` until `s = N - C`, then down to `f` at `N`, in place of 3, with `decay="linear"`, `"cosine"` or
       `"sqrt"`; numerical by default.
 
     A subclass adds a strategy by defining a method of that name that maps progress to a ratio; its keyword-only
@@ -59,13 +59,13 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
 
     Args:
         optimizer: the optimizer whose groups get the rates.
-        total_steps: number of optimizer steps, \(N\).
+        total_steps: number of optimizer steps, `N`.
         final_lr_ratio: final rate as a fraction of each group's base rate. Default: 1e-3 without `final_lr`.
         final_lr: final rate of every group.
         min_lr: the floor of warm-up and cool-down, unless the final rate is lower.
         strategy: name of the curve.
-        warmup_steps: \(W\); default `total_steps // 20`. 0 switches warm-up off.
-        cooldown_steps: \(C\); default `total_steps // 5`. 0 switches cool-down off.
+        warmup_steps: `W`; default `total_steps // 20`. 0 switches warm-up off.
+        cooldown_steps: `C`; default `total_steps // 5`. 0 switches cool-down off.
         last_epoch: steps already done, minus one; -1 starts from the beginning.
         method: `"percentile"` (geometric) or `"numerical"` (linear) interpolation; default percentile, or numerical if
             `final_lr` is given. The name of a curve is read as `strategy`.
