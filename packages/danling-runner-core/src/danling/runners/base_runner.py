@@ -67,6 +67,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
     guarantees: ClassVar[frozenset[int]] = frozenset()
     axes: ClassVar[frozenset[str]] = frozenset()
     stack_reason: str = "the class is fixed to it"
+    summary_writer: ClassVar[Callable[..., Any] | None] = None  # makes TensorBoard's writer; None writes scalars alone
 
     # Construction
 
@@ -249,7 +250,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
         from .trackers.tensorboard import TensorBoardTracker
 
         if self.is_main_process:
-            self.trackers.add(TensorBoardTracker(self.dir / "tensorboard"))
+            self.trackers.add(TensorBoardTracker(self.dir / "tensorboard", self.summary_writer))
 
     def init_wandb(self) -> None:
         """Open Weights & Biases on the main process."""
@@ -554,13 +555,13 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
                 self.console.bar.close(self.global_step, self.epoch)
             self._outcome = self._judge(self._loop.ending)
             self.emit("end")
+        self._report_end()
         error = self.supervisor.exit_error() if self._loop.ending == "stop" else None
         if error is not None:
             self.close()
             raise error
         if self._loop.ending == "stop":
             self.supervisor.clear_stop()
-        self._report_end()
         return self.results
 
     def train_epochs(self) -> None:

@@ -30,6 +30,13 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
     export_checkpoint = staticmethod(export_checkpoint)
 
+    @staticmethod
+    def summary_writer(directory: str, purge_step: int | None = None) -> Any:
+        """TensorBoard's writer: torch's own, which takes images, histograms and graphs too."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(directory, purge_step=purge_step)
+
     def __init__(self, config: Any = None) -> None:
         self.window = Window()
         self.weigh: Any = None
