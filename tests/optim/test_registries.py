@@ -2,6 +2,8 @@
 
 import builtins
 import inspect
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -437,7 +439,6 @@ def test_a_missing_library_names_its_extra(name, library, extra, monkeypatch):
         return real(module, *args, **kwargs)
 
     import importlib
-    import sys
 
     for module in [module for module in sys.modules if module.partition(".")[0] == library]:
         monkeypatch.delitem(sys.modules, module)
@@ -455,3 +456,26 @@ def test_a_missing_library_names_its_extra(name, library, extra, monkeypatch):
         with pytest.raises(ImportError) as caught:
             call(name)
         assert f'pip install "danling-optim[{extra}]"' in str(caught.value)
+
+
+def test_importing_loads_no_optional_library():
+    code = """
+import sys
+import danling.optim
+assert "chanfig" not in sys.modules  # until a registry is wanted
+from danling.optim import OPTIMIZERS, SCHEDULERS
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not loaded & {"pytorch_optimizer", "deepspeed", "matplotlib", "pandas"}, loaded
+assert {"OPTIMIZERS", "SCHEDULERS"} <= set(dir(danling.optim))
+assert OPTIMIZERS is danling.optim.OPTIMIZERS
+import chanfig
+assert isinstance(OPTIMIZERS, chanfig.Registry)
+assert "adamw" in repr(OPTIMIZERS) and "adamw" in list(OPTIMIZERS.keys())
+try:
+    danling.optim.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

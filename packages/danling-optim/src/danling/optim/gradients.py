@@ -75,7 +75,7 @@ class Gradients:
             if isinstance(factor, Tensor):
                 # One kernel for all wants equal dtypes. float16 has too little range for a factor: it keeps float32.
                 kind = factor.dtype if dtype is torch.float16 else dtype
-                torch._foreach_mul_(parts, factor.to(device=device, dtype=kind, non_blocking=True))
+                torch._foreach_mul_(parts, moved(factor, device, kind))
             else:
                 torch._foreach_mul_(parts, float(factor))
 
@@ -96,7 +96,7 @@ class Gradients:
             one = torch.ones((), dtype=torch.float32, device=device)
             torch._amp_foreach_non_finite_check_and_unscale_(parts, found, one)
             if found is not flag:
-                flag = torch.maximum(flag, found.to(self.device, non_blocking=True))
+                flag = torch.maximum(flag, moved(found, self.device))
         return flag
 
     def norm(self, order: float, reduce_norm: Reduce | None = None) -> Tensor:
@@ -135,8 +135,13 @@ class Gradients:
             if mesh.size(dim) > 1:
                 reduced = _all_reduce(vector, mesh, dim, largest=order == inf)
                 shards = torch.tensor([bool(pattern >> dim & 1) for pattern in patterns])
-                vector = torch.where(shards.to(self.device, non_blocking=True), reduced, vector)
+                vector = torch.where(moved(shards, self.device), reduced, vector)
         return vector.amax() if order == inf else vector.sum()
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on a device. The host waits only if it is to hold the result, which it could read too early."""
+    return tensor.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
 
 
 def largest_over_mesh(flag: Tensor, mesh: Any) -> Tensor:
@@ -196,7 +201,7 @@ def _norms(kinds: Kinds, order: float, device: torch.device) -> Tensor:
     for (where, dtype), parts in kinds.items():
         found = torch._foreach_norm(parts, order, torch.float64 if dtype is torch.float64 else torch.float32)
         exact = where == device and (dtype is torch.float64 or wide is torch.float32)
-        norms.extend(found if exact else [norm.to(device, wide, non_blocking=True) for norm in found])
+        norms.extend(found if exact else [moved(norm, device, wide) for norm in found])
     return torch.stack(norms) if norms else torch.zeros(1, device=device)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from .gradients import Gradients, Reduce, largest_over_mesh, mesh_of
+from .gradients import Gradients, Reduce, largest_over_mesh, mesh_of, moved
 
 
 class OptimizerStepResult(NamedTuple):
@@ -303,7 +303,7 @@ class OptimizerStep:
         if found is not None:
             flag = torch.zeros((), dtype=torch.float32, device=grads.device)
             for other in found.values():
-                flag = torch.maximum(flag, other.to(grads.device, non_blocking=True))
+                flag = torch.maximum(flag, moved(other, grads.device))
         elif norm is not None:
             flag = norm.isfinite().logical_not().float()
         else:
