@@ -125,13 +125,13 @@ def _unpad_as(ctx: Any, padded: Tensor) -> Tensor:
     return unpad(padded, ctx.offsets, ctx.sizes, ctx.rows)
 
 
-pad = _differentiable(
+pad: Callable = _differentiable(
     "pad",
     _pad_setup,
     lambda ctx, grad: (_unpad_as(ctx, grad), None, None, None, None),
     lambda ctx, tangent, *_: _pad_zero(ctx, tangent),
 )
-unpad = _differentiable(
+unpad: Callable = _differentiable(
     "unpad",
     _unpad_setup,
     lambda ctx, grad: (_pad_zero(ctx, grad), None, None, None),
@@ -162,13 +162,13 @@ def _pad_list_backward(ctx: Any, grad: Tensor):
     return [row[tuple(slice(size) for size in shape)] for row, shape in pairs], None, None
 
 
-pack = _differentiable_list(
+pack: Callable = _differentiable_list(
     "pack",
     _pack_setup,
     lambda ctx, grad: list(grad.split([shape[0] for shape in ctx.shapes])),
     lambda ctx, tangents: pack(_tangents(ctx, tangents)),
 )
-pad_list = _differentiable_list(
+pad_list: Callable = _differentiable_list(
     "pad_list",
     _pad_list_setup,
     _pad_list_backward,
@@ -196,25 +196,25 @@ def _cumsum_setup(ctx: Any, inputs, output) -> None:
     ctx.offsets, ctx.reverse = inputs[1:]
 
 
-segment_expand = _differentiable(
+segment_expand: Callable = _differentiable(
     "segment_expand",
     _expand_setup,
     lambda ctx, grad: (segment_sum(grad, ctx.offsets), None, None),
     lambda ctx, tangent, *_: segment_expand(tangent, ctx.offsets, ctx.rows),
 )
-segment_sum = _differentiable(
+segment_sum: Callable = _differentiable(
     "segment_sum",
     _rows_setup,
     lambda ctx, grad: (segment_expand(grad, ctx.offsets, ctx.rows), None),
     lambda ctx, tangent, *_: segment_sum(tangent, ctx.offsets),
 )
-segment_mean = _differentiable(
+segment_mean: Callable = _differentiable(
     "segment_mean",
     _rows_setup,
     _mean_backward,
     lambda ctx, tangent, *_: segment_mean(tangent, ctx.offsets),
 )
-segment_cumsum = _differentiable(
+segment_cumsum: Callable = _differentiable(
     "segment_cumsum",
     _cumsum_setup,
     lambda ctx, grad: (segment_cumsum(grad, ctx.offsets, not ctx.reverse), None, None),
@@ -246,8 +246,8 @@ def _extremum_jvp(ctx: Any, tangent: Tensor, _):
     return padded.gather(0, _extremum_rows(ctx)), None
 
 
-segment_max = _differentiable("segment_max", _extremum_setup, _extremum_backward, _extremum_jvp)
-segment_min = _differentiable("segment_min", _extremum_setup, _extremum_backward, _extremum_jvp)
+segment_max: Callable = _differentiable("segment_max", _extremum_setup, _extremum_backward, _extremum_jvp)
+segment_min: Callable = _differentiable("segment_min", _extremum_setup, _extremum_backward, _extremum_jvp)
 
 
 # Softmax, with p its result: p (g - sum(g p)), and for its logarithm y: g - exp(y) sum(g)
@@ -316,11 +316,11 @@ def _logsumexp_backward(ctx: Any, grad: Tensor):
     return shares * segment_expand(grad, ctx.offsets, shares.shape[0]), None
 
 
-segment_softmax = _differentiable("segment_softmax", _softmax_setup, _softmax_backward, _softmax_jvp)
-segment_softmax_backward = _differentiable(
+segment_softmax: Callable = _differentiable("segment_softmax", _softmax_setup, _softmax_backward, _softmax_jvp)
+segment_softmax_backward: Callable = _differentiable(
     "segment_softmax_backward", _softmax_backward_setup, _softmax_backward_backward, _softmax_backward_jvp
 )
-segment_logsumexp = _differentiable(
+segment_logsumexp: Callable = _differentiable(
     "segment_logsumexp",
     _logsumexp_setup,
     _logsumexp_backward,
