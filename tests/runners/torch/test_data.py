@@ -318,6 +318,18 @@ def test_stateful_streams_resume_with_items_and_noise(quiet, workers, persistent
         assert rows(first) + rows(resumed) == expected
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_stream_whose_last_batch_was_taken_is_at_its_end(quiet, workers):
+    """torchdata asks restored workers for one batch more; a dataset that is at its start again would begin anew."""
+    loader = quiet(Stream(10), num_workers=workers)
+    iterator = iter(loader)
+    first = [next(iterator) for _ in range(4 if workers == 2 else 3)]
+    assert len(ids(first)) == 10
+    resumed = quiet(Stream(10), num_workers=workers)
+    resumed.load_state_dict(loader.state_dict())
+    assert list(resumed) == []
+
+
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
 def test_streams_hear_of_epochs(quiet, workers, persistent):
     loader = quiet(Stream(6), num_workers=workers, persistent_workers=persistent)

@@ -129,19 +129,26 @@ class ShardIterator:
         worker = get_worker_info()
         self._seeded = None if worker is None else (shard.seed, shard.split, shard.epoch, shard.rank, worker.id)
         self.items = 0
+        self.ended = False
         self._iterator: Any = None
 
     def __iter__(self) -> ShardIterator:
         return self
 
     def __next__(self) -> Any:
+        if self.ended:
+            raise StopIteration
         if self._iterator is None:
             self._iterator = iter(self.shard.dataset)
         stride, rank = self.shard.stride, self.shard.rank
         while True:
             if self._seeded is not None:
                 seed_everything(derive_seed(*self._seeded, self.items))
-            item = next(self._iterator)
+            try:
+                item = next(self._iterator)
+            except StopIteration:
+                self.ended = True
+                raise
             self.items += 1
             if stride == 1 or (self.items - 1) % stride == rank:
                 return item
@@ -150,7 +157,7 @@ class ShardIterator:
         """Return the items passed, and what the dataset and its iterator say about their position."""
         if self._iterator is None:
             self._iterator = iter(self.shard.dataset)
-        state: dict[str, Any] = {"items": self.items}
+        state: dict[str, Any] = {"items": self.items, "ended": self.ended}
         for name, part in (("dataset", self.shard.dataset), ("iterator", self._iterator)):
             if _has_state(part) and not (name == "iterator" and part is self.shard.dataset):
                 state[name] = part.state_dict()
@@ -167,7 +174,9 @@ class ShardIterator:
                 f"the iterable dataset of split {self.shard.split!r} has no state_dict and load_state_dict: its "
                 "position in the epoch cannot be restored; give it both, or resume from a checkpoint of a whole epoch"
             )
-        self.items = state["items"]
+        self.items, self.ended = state["items"], state["ended"]
+        if self.ended:  # many datasets are at their start again by now, and a pass must not be run twice
+            return
         if "dataset" in state:
             self.shard.dataset.load_state_dict(state["dataset"])
         self._iterator = iter(self.shard.dataset)
