@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from types import SimpleNamespace
 
 import pytest
 
@@ -197,7 +196,7 @@ def test_garbage_collection_is_taken_over_and_handed_back(supervisor, enabled):
         collected = []
         gc.callbacks.append(lambda phase, info: phase == "start" and collected.append(info["generation"]))
         for step in range(1, 10):
-            supervisor.progressed(SimpleNamespace(global_step=step))
+            supervisor.collect(step)
         gc.callbacks.pop()
         assert collected == [1, 1, 1]
         supervisor.hand_back_gc()

@@ -154,9 +154,9 @@ class Supervisor:
         self.hand_back_gc()
         self._gc = _GarbageCollection(interval, generation, disable_automatic)
 
-    def progressed(self, state: Any) -> None:
-        """Called after every window with the counters: collects if that is due."""
-        if self._gc is not None and state.global_step % self._gc.interval == 0:
+    def collect(self, global_step: int) -> None:
+        """Collect if it is due after this update."""
+        if self._gc is not None and global_step % self._gc.interval == 0:
             gc.collect(self._gc.generation)
 
     @property
