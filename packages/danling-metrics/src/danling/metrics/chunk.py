@@ -197,22 +197,30 @@ class Chunk:
         return self.once(("log_softmax",), self._log_softmax)
 
     def _log_softmax(self) -> Tensor:
-        shifted = self.finite - self.finite.amax(0)
-        return shifted - tree_sum(shifted.exp()).log()
+        shifted, _, total = self._softmax_parts
+        return shifted - total.log()
+
+    @property
+    def _softmax_parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.once(("softmax",), self._make_softmax_parts)
+
+    def _make_softmax_parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        limit = torch.finfo(self.x.dtype).max
+        shifted = clip_infinite(self.x).sub_(self.top[0].clamp(-limit, limit))
+        exp = shifted.exp()
+        return shifted, exp, tree_sum(exp)
 
     # probabilities
 
     def log_odds(self, logits: bool) -> Tensor:
-        """The logit of every score, `(width, n)`."""
-        return self.once(("log_odds", logits), lambda: self._log_odds(logits))
-
-    def _log_odds(self, logits: bool) -> Tensor:
+        """The logit of every score, `(width, n)`, in memory that the caller may overwrite."""
         if not logits:
             p = self.x.clamp(0, 1)  # outside, a logarithm would take its slow path to NaN
-            return p.log() - torch.log1p(-p)
+            return torch.log1p(-p).neg_().add_(p.log_())
         if self.spec.elementwise:
-            return self.x
-        return self.log_softmax - (-torch.expm1(self.log_softmax)).log()
+            return self.x.clone()
+        shifted, exp, total = self._softmax_parts
+        return torch.sub(total, exp).log_().neg_().add_(shifted)
 
     def positive(self, threshold: float, logits: bool) -> Tensor:
         """Whether the probability exceeds the threshold, per position."""
@@ -248,11 +256,14 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def tree_sum(x: Tensor) -> Tensor:
     """Sum over the leading dim in an order that depends on its size alone."""
-    while (rows := x.shape[0]) > 1:
-        half = rows // 2
-        head = x[:half] + x[half : 2 * half]
-        x = torch.cat([head, x[2 * half :]]) if rows % 2 else head
-    return x[0]
+    keep = (x.shape[0] + 1) // 2
+    out = x[:keep].clone()
+    out[: x.shape[0] - keep].add_(x[keep:])
+    while (rows := out.shape[0]) > 1:
+        keep = (rows + 1) // 2
+        out[: rows - keep].add_(out[keep:])
+        out = out[:keep]
+    return out[0]
 
 
 @lru_cache(maxsize=256)

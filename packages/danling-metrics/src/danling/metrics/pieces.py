@@ -46,6 +46,11 @@ class Piece:
         """Return the state of both."""
         return a + b
 
+    def add_to(self, state: Tensor, chunk: Chunk, logits: bool) -> None:
+        """Add these rows to a state in place."""
+        part = self.fold(chunk, logits).to(state.device)
+        state.copy_(self.merge(state, part)) if self.dtype == torch.float64 else state.add_(part)
+
     @property
     def key(self) -> str:
         """A name that is the same on every rank."""
@@ -113,7 +118,10 @@ class Confusion(Piece):
 
 @dataclass(frozen=True)
 class Histogram(Piece):
-    """Positives and negatives per score bin and class, `(2, width, bins)`, over equal bins in u = z / (|z| + 4)."""
+    """Positives and all scores per bin and class over equal bins in u = z / (|z| + 4): `(2, width * bins + 1)`.
+
+    Cells lie class by class; the last one takes what does not count.
+    """
 
     bins: int = 4096
 
@@ -121,24 +129,38 @@ class Histogram(Piece):
         return True
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
-        return (2, spec.width or 1, self.bins)
+        return (2, (spec.width or 1) * self.bins + 1)
 
     def fold(self, chunk: Chunk, logits: bool) -> Tensor:
+        state = torch.zeros(self.shape(chunk.spec), dtype=torch.int64, device=chunk.device)
+        self.add_to(state, chunk, logits)
+        return state
+
+    def add_to(self, state: Tensor, chunk: Chunk, logits: bool) -> None:
+        if state.device != chunk.device:
+            return super().add_to(state, chunk, logits)
         bins, good = self.bins, chunk.good(self.view)
-        z = chunk.log_odds(logits).clamp(-1e30, 1e30)
-        u = z.abs().add_(4).reciprocal_().mul_(z)
-        cell = u.add_(1).mul_(bins / 2).to(torch.int32).clamp_(0, bins - 1)
+        z = chunk.log_odds(logits).clamp_(-1e30, 1e30)
+        cell = z.div_(z.abs().add_(4)).add_(1).mul_(bins / 2).to(torch.int32).clamp_(max=bins - 1)
         width = cell.shape[0]
-        cell += torch.arange(0, width * bins, bins, dtype=torch.int32, device=chunk.device)[:, None]
         spare = width * bins
+        if width > 1:
+            cell += torch.arange(0, spare, bins, dtype=torch.int32, device=chunk.device)[:, None]
         if chunk.spec.elementwise:
-            positive = chunk.t == 1
-            both = tally(torch.where(good, cell + positive * spare, 2 * spare), 2 * spare)
-            return both.view(2, width, bins).flip(0)
-        hits = torch.where(good, cell.gather(0, chunk.index(self.view)[None])[0], spare)
-        positives = tally(hits, spare)
-        everything = tally(cell.masked_fill_(~good, spare), spare)
-        return torch.stack([positives, everything - positives]).view(2, width, bins)
+            hits = torch.where(good & (chunk.t == 1), cell, spare)
+        else:
+            hits = torch.where(good, cell.gather(0, chunk.index(self.view)[None])[0], spare)
+        # Added in place: a count of its own would cost more for its memory than for counting.
+        ones = torch.ones(cell.numel(), dtype=torch.int64, device=chunk.device)
+        for row, cells in zip(state.unbind(0), (hits, cell.masked_fill_(~good, spare)), strict=True):
+            cells = cells.reshape(-1).to(torch.int64)
+            row.scatter_add_(0, cells, ones[: cells.shape[0]])
+        return None
+
+    def split(self, state: Tensor) -> Tensor:
+        """Return positives and negatives, `(2, width, bins)`."""
+        positives, everything = state[:, :-1].unflatten(1, (-1, self.bins))
+        return torch.stack([positives, everything - positives])
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,7 @@ def rank_scores(column: Callable[[int], tuple[Tensor, Tensor]], classes: int) ->
 
 
 def rank_bins(histogram: Tensor) -> Ranking:
-    """Rank each class from counts per bin, `(2, classes, bins)` with positives first."""
-    histogram = histogram.cpu()
+    """Rank each class from positives and negatives per bin, `(2, classes, bins)`."""
     bins = histogram.shape[-1]
     u = torch.arange(bins, dtype=torch.float64) * 2 / bins - 1
     edges = 4 * u / (1 - u.abs())

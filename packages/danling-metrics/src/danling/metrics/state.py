@@ -88,7 +88,7 @@ _READS = {
     "stats": lambda s: count_stats(_confmat(s)),
     "ranking": lambda s: s.source.ranking(s.metric),
     "pooled_ranking": lambda s: s.source.ranking(s.metric, pooled=True),
-    "histogram": lambda s: s.piece(s.source.histogram(s.metric)),
+    "histogram": lambda s: s.source.histogram(s.metric),
     "moments": lambda s: s.piece(Moments(s.view)),
 }
 
@@ -258,11 +258,12 @@ class Source:
             preds = preds.softmax(-1) if self.spec.task == "multiclass" else preds.sigmoid()
         return preds, targets
 
-    def histogram(self, metric: MetricFunc) -> Histogram:
-        """Return the histogram that stands for kept rows."""
+    def histogram(self, metric: MetricFunc) -> Tensor:
+        """Return positives and negatives per score bin, which stand for kept rows."""
         if self.bins is None:
             raise AttributeError("a histogram is held by OnlineMetrics only")
-        return Histogram(metric.view, self.bins)
+        piece = Histogram(metric.view, self.bins)
+        return piece.split(self.get(piece))
 
     def ranking(self, metric: MetricFunc, pooled: bool = False) -> Ranking:
         """Return the ranking of every class, or one of all classes pooled, sorted once for all metrics that read it."""
@@ -273,7 +274,7 @@ class Source:
 
     def _rank(self, metric: MetricFunc, pooled: bool) -> Ranking:
         if self.bins is not None:
-            counts = self.get(self.histogram(metric))
+            counts = self.histogram(metric)
             return rank_bins(counts.sum(1, keepdim=True) if pooled else counts)
         column, classes = self._columns(metric.view)
         if not pooled:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,19 +126,39 @@ class Store:
 
     def _fold(self, rows: Rows) -> None:
         chunk = Chunk(self.spec, rows)
+        for piece in self.checks:
+            if not piece.direct:
+                self._fold_piece((piece, None), chunk)
         for piece in self.folded:
+            if isinstance(piece, Checks):
+                continue
             for key in self._states[piece]:
-                self._accumulate(key, piece.fold(chunk, bool(key[1])))
+                if not (key[1] is False and len(self._states[piece]) > 1 and self._known_logits(piece.view)):
+                    self._fold_piece(key, chunk)
+
+    def _known_logits(self, view: View) -> bool:
+        """Whether scores are known to be logits already, so that the other reading need not be kept up.
+
+        Only on the CPU, where looking at a count waits for nothing.
+        """
+        for piece in self.checks:
+            if piece.view == view:
+                counts = self.sums.get((piece, None))
+                return counts is not None and counts.device.type == "cpu" and bool(counts[OUTSIDE])
+        return False
+
+    def _fold_piece(self, key: tuple[Piece, bool | None], chunk: Chunk) -> None:
+        piece, logits = key
+        state = self.sums.get(key)
+        if state is None:
+            state = self.sums[key] = _new_state(piece.shape(self.spec), piece.dtype, chunk.device)
+        piece.add_to(state, chunk, bool(logits))
 
     def _accumulate(self, key: tuple[Piece, bool | None], part: Tensor) -> None:
         state = self.sums.get(key)
         if state is None:
-            # Inference tensors could not be changed in place outside of inference mode.
-            with torch.inference_mode(False):
-                state = self.sums[key] = torch.zeros(part.shape, dtype=part.dtype, device=part.device)
-        if state.device != part.device:
-            part = part.to(state.device)
-        state.copy_(key[0].merge(state, part)) if key[0].dtype == torch.float64 else state.add_(part)
+            state = self.sums[key] = _new_state(part.shape, part.dtype, part.device)
+        state.copy_(key[0].merge(state, part.to(state.device)))
 
     # reading
 
@@ -371,6 +391,12 @@ class Store:
         for name in ("sums", "last_direct"):
             state[name] = {key: value.to(device) for key, value in state[name].items()}
         self.load_state_dict(state)
+
+
+def _new_state(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Inference tensors could not be changed in place outside of inference mode.
+    with torch.inference_mode(False):
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
 
 
 def _received(parts: list[Tensor]) -> Rows | None:
