@@ -93,7 +93,8 @@ class Loop:
     def _run_epoch(self) -> None:
         runner, state = self.runner, self.state
         before = state.micro_step, state.epoch
-        if not any(position.get("samples") for position in state.positions.values()):
+        begun = any(position.get("samples") for position in state.positions.values())
+        if not begun:
             runner.emit("epoch_start")
         for split in self.train_splits:
             if state.positions.get(split, {}).get("complete"):
@@ -103,7 +104,7 @@ class Loop:
                 return
         if before == (state.micro_step, state.epoch):
             raise RuntimeError(f"the train splits {self.train_splits} yield no batch: there is nothing to train on")
-        if state.micro_step == before[0] and not any(p.get("samples") for p in state.positions.values()):
+        if state.micro_step == before[0] and not begun:  # nothing may be left of a pass that a resume goes on with
             raise RuntimeError(f"an epoch over the train splits {self.train_splits} yields no batch")
 
     def run_pass(self, split: str) -> dict[str, Any]:
