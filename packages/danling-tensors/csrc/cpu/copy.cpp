@@ -140,24 +140,26 @@ Tensor pad(
   }
   torch::stable::parallel_for(
       0, batch.batch * lines_per_element * length, grain(row_bytes), [&](int64_t begin, int64_t end) {
-        while (begin < end) {
-          const int64_t line = begin / length;
-          const int64_t position = begin % length;
+        int64_t line = begin / length;
+        int64_t position = begin % length;
+        for (; begin < end; ++line, position = 0) {
           const int64_t stop = std::min(end - begin, length - position) + position;
-          const int64_t element = line / lines_per_element;
-          int64_t rest = line % lines_per_element;
-          int64_t count = batch.size(element, k - 1);
+          int64_t element = line;
           int64_t row = 0; // of the line's first row within the element, in lines
-          int64_t weight = 1;
-          for (int64_t d = k - 2; d >= 0; --d) {
-            const int64_t index = rest % max_sizes[d];
-            rest /= max_sizes[d];
-            if (index >= batch.size(element, d)) {
-              count = 0;
+          bool inside = true;
+          if (k > 1) {
+            element = line / lines_per_element;
+            int64_t rest = line % lines_per_element;
+            int64_t weight = 1;
+            for (int64_t d = k - 2; d >= 0; --d) {
+              const int64_t index = rest % max_sizes[d];
+              rest /= max_sizes[d];
+              inside = inside && index < batch.size(element, d);
+              row += index * weight;
+              weight *= batch.size(element, d);
             }
-            row += index * weight;
-            weight *= batch.size(element, d);
           }
+          const int64_t count = inside ? batch.size(element, k - 1) : 0;
           char* out = target + begin * row_bytes;
           const int64_t data = std::max<int64_t>(0, std::min(stop, count) - position);
           if (data > 0) {
@@ -214,8 +216,12 @@ Tensor unpad(const Tensor& padded_, const Tensor& offsets_, std::optional<Tensor
         ++element;
       }
       const int64_t length = batch.size(element, k - 1);
-      int64_t line = (begin - batch.offsets[element]) / length;
-      const int64_t position = (begin - batch.offsets[element]) % length;
+      int64_t position = begin - batch.offsets[element];
+      int64_t line = 0;
+      if (k > 1) {
+        line = position / length;
+        position %= length;
+      }
       const int64_t count = std::min(end - begin, length - position);
       const char* in = source + element * strides[0] + position * strides[k];
       for (int64_t d = k - 2; d >= 0; --d) {
