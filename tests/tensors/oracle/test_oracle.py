@@ -23,6 +23,7 @@ def test_every_op_has_a_sample():
 
 
 @pytest.mark.filterwarnings("ignore::danling.tensors.NestedTensorFallbackWarning")
+@pytest.mark.filterwarnings("ignore:index_reduce")
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0")
 @pytest.mark.filterwarnings("ignore:(torch|at)..?\\w+ is deprecated")
 @pytest.mark.parametrize(("name", "sample"), CASES)

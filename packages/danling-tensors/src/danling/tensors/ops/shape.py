@@ -86,19 +86,31 @@ def view_as_target(x: NestedTensor, target: list[int], name: str) -> Any:
             return like(x, flat, Layout(Segments(sizes), (), tuple(target), layout.batch_first))
     bd = layout.batch_dim
     if len(target) > bd and target[bd] == layout.batch_size:
-        element = target[:bd] + target[bd + 1 :]
-        derived = layout.derive(("view", tuple(element)), lambda: _match(layout, element))
-        if isinstance(derived, str):
-            raise ValueError(f"{name}: {derived}")
-        if derived is not None:
-            if derived.segments is layout.segments and len(derived.ragged_dims) == layout.segments.k:
-                return like(x, values_of(x).reshape(layout.rows, *derived.static_sizes), derived)
-            return from_flat(flat_values(x), derived, x._flags)
+        out = view_element(x, target[:bd] + target[bd + 1 :], name)
+        if out is not None:
+            return out
     literal = math.prod(layout.shape[: layout.segments.k + 1])
     hint = ""
     if literal in target and layout.batch_first:
         hint = f"; {literal} stands for padded positions: write -1, or flatten(0, 1), for the real rows"
     raise ValueError(f"{name}: {target} does not describe the elements of {tuple(layout.shape)}{hint}")
+
+
+def view_element(x: NestedTensor, element: list[int], name: str) -> NestedTensor | None:
+    """Every element viewed as `element`, in which a ragged dim is -1 or its padded size; `None` when it does not fit.
+
+    Raises:
+        ValueError: A factor does not divide the size of some element.
+    """
+    layout = x._layout
+    derived = layout.derive(("view", tuple(element)), lambda: _match(layout, element))
+    if isinstance(derived, str):
+        raise ValueError(f"{name}: {derived}")
+    if derived is None:
+        return None
+    if derived.segments is layout.segments:
+        return like(x, values_of(x).reshape(layout.rows, *derived.static_sizes), derived)
+    return from_flat(flat_values(x), derived, x._flags)
 
 
 def _match(layout: Layout, target: list[int]) -> Any:
@@ -150,6 +162,14 @@ def _match(layout: Layout, target: list[int]) -> Any:
                     if found is not None:
                         return found
             return None
+        if j < len(target) and target[j] == -1 and i < len(old):  # static dims may lead a merged ragged dim
+            column = torch.ones(layout.batch_size, dtype=torch.int64)
+            for high in range(i, len(old)):
+                column = column * (table[:, old[high][1]] if isinstance(old[high], tuple) else old[high])
+                if any(isinstance(size, tuple) for size in old[i : high + 1]):
+                    found = search(high + 1, j + 1, [*ragged, (j, column)], static)
+                    if found is not None:
+                        return found
         # Static dims: the shortest runs of old and new dims with one product; size 1 may appear or vanish anywhere.
         for low in range(i, len(old) + 1):
             run = old[i:low]
@@ -223,15 +243,13 @@ def flatten(func: Any, x: NestedTensor, start_dim: int = 0, end_dim: int = -1) -
             f"flatten({start_dim}, {end_dim}) would merge padded positions with the batch; it must end at the last ragged "
             "dim of elements whose ragged dims lead, or use .tensor"
         )
-    target = list(layout.shape)
     d0, d1 = layout.element_dim(start), layout.element_dim(end)
     assert d0 is not None and d1 is not None
-    if any(d0 <= r <= d1 for r in layout.ragged_dims):
-        merged: Any = -1
-    else:
-        merged = math.prod(target[start : end + 1])
-    target[start : end + 1] = [merged]
-    return view_as_target(x, target, "flatten")
+    inside = [layout.static_sizes[j] for j, d in enumerate(layout.static_dims) if d0 <= d <= d1]
+    merged = -1 if any(d0 <= r <= d1 for r in layout.ragged_dims) else math.prod(inside)
+    out = view_element(x, _element_target(layout, d0, d1, [merged]), "flatten")
+    assert out is not None
+    return out
 
 
 @register("shape", "unflatten")
@@ -245,10 +263,18 @@ def unflatten(func: Any, x: NestedTensor, dim: int, sizes: Any) -> Any:
         out = values_of(x).unflatten(layout.values_dim(d), sizes)
         ragged = tuple(r + (len(sizes) - 1) * (r > d) for r in layout.ragged_dims)
         return like(x, out, layout.with_dims(ragged, tuple(out.shape[1:])))
-    target = list(layout.shape)
-    at = layout.shape_dim(d)
-    target[at : at + 1] = sizes
-    return view_as_target(x, target, "unflatten")
+    out = view_element(x, _element_target(layout, d, d, sizes), "unflatten")
+    if out is None:
+        raise ValueError(f"unflatten: {sizes} does not divide ragged dim {dim}")
+    return out
+
+
+def _element_target(layout: Layout, first: int, last: int, sizes: list[int]) -> list[int]:
+    """Element dims `first` to `last` replaced by `sizes`, the other ragged dims as -1."""
+    static = dict(zip(layout.static_dims, layout.static_sizes))
+    element = [static.get(e, -1) for e in range(layout.rank)]
+    element[first : last + 1] = sizes
+    return element
 
 
 # Order of dims.
@@ -301,7 +327,7 @@ def _exchange(layout: Layout, derived: Layout, numbers: list[int], device: torch
     return row + layout.segments.on("offsets", device).index_select(0, element)
 
 
-@register("shape", "transpose", "t", "adjoint", "T", "mT", "H", "mH", "get:T", "get:mT", "get:H", "get:mH")
+@register("shape", "transpose", "t", "adjoint", "T", "mT", "H", "mH")
 def transpose(func: Any, x: NestedTensor, dim0: Any = None, dim1: Any = None, **kwargs: Any) -> NestedTensor:
     dim0, dim1 = kwargs.get("axis0", dim0), kwargs.get("axis1", dim1)
     ndim = x._layout.rank + 1

@@ -206,7 +206,8 @@ def candidates(func: Any) -> list[str]:
     else:
         raw = getattr(func, "__name__", "")
         if raw in ("__get__", "__set__", "__delete__"):
-            return [f"{raw.strip('_')}:{func.__self__.__name__}"]
+            name = func.__self__.__name__
+            return [f"{raw.strip('_')}:{name}"] + ([name] if raw == "__get__" else [])
     if raw.startswith("__") and raw.endswith("__"):
         name = raw[2:-2]
         if name not in ALIASES and name[:1] == "i" and (name[1:] in ALIASES or name[1:] in RULES):
