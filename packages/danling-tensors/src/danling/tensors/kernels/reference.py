@@ -27,8 +27,15 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.int64
 
 
+def _check(offsets: Tensor, rows: int) -> None:
+    """Offsets on the CPU are proven; reading those of another device would wait for it."""
+    if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets[-1] != rows or bool((offsets.diff() < 0).any())):
+        raise RuntimeError(f"danling: offsets must rise from 0 to {rows}, the number of rows")
+
+
 def row_to_segment(offsets: Tensor, rows: int) -> Tensor:
     """Index of the element that each row belongs to, ``(rows,)``."""
+    _check(offsets, rows)
     lengths = offsets.diff()
     return torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths, output_size=rows)
 
@@ -101,6 +108,7 @@ def segment_expand(per_segment: Tensor, offsets: Tensor, rows: int) -> Tensor:
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     if values.is_complex():
         return torch.view_as_complex(segment_sum(torch.view_as_real(values), offsets))
+    _check(offsets, values.shape[0])
     work = values.to(_accumulator(values.dtype))
     if values.is_floating_point():
         return _segment_sum_float(work, offsets).to(values.dtype)
@@ -119,6 +127,7 @@ def segment_mean(values: Tensor, offsets: Tensor) -> Tensor:
         raise RuntimeError(f"danling: segment_mean needs floating or complex values, not {values.dtype}")
     if values.is_complex():
         return torch.view_as_complex(segment_mean(torch.view_as_real(values), offsets))
+    _check(offsets, values.shape[0])
     work = values.to(_accumulator(values.dtype))
     lengths = offsets.diff().view(-1, *[1] * (values.dim() - 1))
     return (_segment_sum_float(work, offsets) / lengths).to(values.dtype)
