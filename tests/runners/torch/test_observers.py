@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -234,12 +235,20 @@ def test_lines_without_a_terminal(tmp_path, capsys):
         assert line in log
 
 
+def beat(runner):
+    return json.loads((runner.dir / "heartbeats" / "rank-00000.json").read_text())
+
+
 def test_the_heartbeat_of_a_run(tmp_path):
-    with Tiny(tiny_config(tmp_path, heartbeat__enabled=True)) as runner:
-        first = json.loads((runner.dir / "heartbeats" / "rank-00000.json").read_text())
+    during = []
+    with Tiny(tiny_config(tmp_path, heartbeat__enabled=True, heartbeat__interval_seconds=0.01)) as runner:
+        runner.on("evaluate_start", lambda runner, event: (time.sleep(0.2), during.append(beat(runner))))
+        first = beat(runner)
         runner.train()
-    last = json.loads((runner.dir / "heartbeats" / "rank-00000.json").read_text())
+    last = beat(runner)
+    assert {(b["event"], b["mode"], b["split"]) for b in during} == {("evaluate_start", "evaluate", "val")}
     assert (first["status"], first["counters"]["global_step"]) == ("running", 0)
+    assert (first["event"], last["event"]) == ("construction", "end")
     assert (last["status"], last["counters"]["global_step"]) == ("finished", 18)
 
 

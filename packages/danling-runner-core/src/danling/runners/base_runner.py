@@ -76,6 +76,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
 
         self._closers: list[tuple[str, Callable[[], Any]]] = []
         self._closed = False
+        self._last_event = "construction"
         self._training = False
         self._mode = RunnerMode.TRAIN
         self._started_at = time.monotonic()
@@ -284,6 +285,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
         state = self.train_state
         counters = {"global_step": state.global_step, "micro_step": state.micro_step, "epoch": state.epoch}
         return {
+            "event": self._last_event,
             "mode": str(self._mode),
             "split": self.split,
             "counters": counters,
@@ -504,6 +506,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
 
     def emit(self, name: str, **payload: Any) -> None:
         """Tell the listeners of an event."""
+        self._last_event = name
         if self.events[name]:
             state = self.train_state
             split = payload.pop("split", self.split)
