@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from support.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("rank_scenarios.py")

@@ -152,7 +152,11 @@ class Chunk:
     @property
     def top(self) -> tuple[Tensor, Tensor]:
         """Highest score and its class, the first one of several; NaN wins."""
-        return self.once(("top",), lambda: tuple(self.x.max(0)))
+        return self.once(("top",), self._top)
+
+    def _top(self) -> tuple[Tensor, Tensor]:
+        values, classes = self.x.max(0)
+        return values, classes
 
     @property
     def lowest(self) -> Tensor:

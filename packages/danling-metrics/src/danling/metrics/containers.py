@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import sync
 from .errors import NonFinitePredictionWarning, UndefinedMetricWarning
 from .functional.descriptor import CallableMetric, MetricFunc, callable_name
 from .inputs import Spec
@@ -19,6 +18,7 @@ from .readable import Readable
 from .round_dict import RoundDict
 from .state import BoundState, MetricState, Source
 from .store import Store
+from .sync import Payload
 
 NAN = float("nan")
 
@@ -175,6 +175,52 @@ class MetricContainer(Readable):
         self._exchange("average")
         return self._state("average")
 
+    def plot(
+        self,
+        kind: str | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        normalize: str | None = None,
+        ax: Any = None,
+        sync: bool = True,
+    ) -> Any:
+        """Draw the confusion matrix, ROC or precision-recall curves.
+
+        Args:
+            kind: `"confusion_matrix"`, `"roc"` or `"pr"`; None draws all that the state allows, one panel each.
+            class_names: names of the classes or labels.
+            normalize: `"true"`, `"pred"` or `"all"` divides a confusion matrix by its rows, columns or total.
+            ax: axes to draw on, one per panel; a new figure if None.
+            sync: draw the data of all ranks, which makes the call collective.
+
+        Returns:
+            A `matplotlib.figure.Figure`. It is not registered with pyplot.
+
+        Raises:
+            ValueError: no data, or a kind that the state cannot give.
+            ImportError: matplotlib is not installed.
+        """
+        from .plots import plot_metrics
+
+        return plot_metrics(self, kind, class_names, normalize, ax, sync)
+
+    def _plot_states(self, sync: bool) -> dict[str, tuple[MetricFunc, Any]]:
+        """Return the first metric and state for every kind of plot."""
+        kind = "local_average"
+        if sync and self._is_distributed():
+            self._exchange("average")
+            kind = "average"
+        known: dict[str, tuple[MetricFunc, Any]] = {}
+        for group, source in zip(self._groups, self._get_sources(kind), strict=True):
+            source.validate(group.store.views)
+            for metric in group.metrics.values():
+                state = BoundState(source, metric)
+                if metric.confmat and "confusion_matrix" not in known:
+                    known["confusion_matrix"] = (metric, state.confmat)
+                if metric.scores and "roc" not in known:
+                    known["roc"] = known["pr"] = (metric, state.ranking)
+        return known
+
     def _state(self, kind: str) -> MetricState:
         shown: dict[str, Any] = {"preds": None, "targets": None, "confmat": None}
         n = None
@@ -226,8 +272,8 @@ class MetricContainer(Readable):
         for group in self._groups:
             group.store.validate()
 
-    def _pack(self, kind: str) -> sync.Payload:
-        payload = sync.Payload()
+    def _pack(self, kind: str) -> Payload:
+        payload = Payload()
         for group in self._groups:
             ints, parts, rows, kind_of_rows = group.store.pack(kind)
             payload.ints += ints

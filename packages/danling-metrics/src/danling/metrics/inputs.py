@@ -6,7 +6,7 @@ Nothing here reads a value from the device, and nothing filters: rows that do no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,6 +46,15 @@ class Rows(NamedTuple):
     mask: Tensor | None = None
     samples: int = 0
     misfit: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Rows:
+        """Return these rows with a function applied to scores, targets and mask."""
+        mask = None if self.mask is None else function(self.mask)
+        return Rows(function(self.scores), function(self.targets), mask)
+
+    def part(self, start: int, stop: int | None = None) -> Rows:
+        """Return some of these rows, without a copy."""
+        return self.map(lambda t: t[start:stop])
 
 
 def is_nested(x: Any) -> bool:

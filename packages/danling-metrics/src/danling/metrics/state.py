@@ -188,7 +188,7 @@ class Source:
             return piece.fold(Chunk(self.spec, self.rows), logits)
         total = None
         for start in range(0, max(1, self.rows.scores.shape[0]), _STRETCH):
-            stretch = Rows(*(None if t is None else t[start : start + _STRETCH] for t in self.rows[:3]))
+            stretch = self.rows.part(start, start + _STRETCH)
             part = piece.fold(self._chunk(start, stretch), logits)
             total = part if total is None else piece.merge(total, part)
         assert total is not None

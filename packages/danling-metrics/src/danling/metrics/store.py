@@ -110,9 +110,9 @@ class Store:
                 self.fold()
                 buffer.size = self.start = 0
             if count > self.block:
-                rows = Rows(*(None if t is None else t.to(self.device or t.device, copy=True) for t in rows[:3]))
+                rows = rows.map(lambda t: t.to(self.device or t.device, copy=True))
                 for at in range(0, count, self.block):
-                    self._fold(Rows(*(None if t is None else t[at : at + self.block] for t in rows[:3])))
+                    self._fold(rows.part(at, at + self.block))
                 self.large, self.last = rows, (0, 0)
             else:
                 buffer.append(rows)
@@ -126,9 +126,9 @@ class Store:
 
     def _fold(self, rows: Rows) -> None:
         chunk = Chunk(self.spec, rows)
-        for piece in self.checks:
-            if not piece.direct:
-                self._fold_piece((piece, None), chunk)
+        for check in self.checks:
+            if not check.direct:
+                self._fold_piece((check, None), chunk)
         for piece in self.folded:
             if isinstance(piece, Checks):
                 continue
@@ -177,8 +177,9 @@ class Store:
     def _joined(self, ranges: list[tuple[int, int]]) -> Rows:
         parts = [self.buffer.view(start, stop) for start, stop in ranges if start < stop]
         if len(parts) > 1:
-            columns = zip(*(p[:3] for p in parts), strict=True)
-            return Rows(*(None if c[0] is None else torch.cat(c) for c in columns))
+            masks = [p.mask for p in parts if p.mask is not None]  # a buffer has masks for all rows or for none
+            mask = torch.cat(masks) if masks else None
+            return Rows(torch.cat([p.scores for p in parts]), torch.cat([p.targets for p in parts]), mask)
         if parts:
             return parts[0]
         if self.buffer.scores is not None:
@@ -230,7 +231,7 @@ class Store:
         rows = self.rows()
         total = rows.scores.shape[0]
         if self.checked < total or not self.seen:
-            fresh = Rows(*(None if t is None else t[self.checked :] for t in rows[:3]))
+            fresh = rows.part(self.checked)
             source = self._source(fresh, {})
             for piece in self.checks:
                 part = torch.tensor(source.checks(piece.view))
@@ -320,7 +321,7 @@ class Store:
             return
         rows, position = self.rows(), self._own_position()
         buffer = RowBuffer(None, self.device)
-        buffer.append(Rows(*(None if t is None else t.clone() for t in rows[:3])))
+        buffer.append(rows.map(lambda t: t.clone()))
         self.buffer, self.last, self.own, self.exchanged = buffer, position, [], 0
 
     def _own_position(self) -> tuple[int, int]:
@@ -378,7 +379,7 @@ class Store:
             if pending.scores.shape[0]:
                 self._fold(pending)
             if not mine:
-                self.large = Rows(*(None if t is None else t.clone() for t in other.last_rows()[:3]))
+                self.large = other.last_rows().map(lambda t: t.clone())
         for key, value in other.sums.items():
             self._accumulate(key, value)
         if not mine:
@@ -423,4 +424,4 @@ def _loaded(saved: list[Tensor | None]) -> Rows:
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:
-    return Rows(*(None if t is None else t.to(device) for t in rows[:3]))
+    return rows.map(lambda t: t.to(device))

@@ -474,7 +474,9 @@ class StreamMetrics(Readable):
 
     def reset(self) -> None:
         """Forget all data; members stay."""
-        for member in (*self._meters.values(), *self._objects.values()):
+        for meter in self._meters.values():
+            meter.reset()
+        for member in self._objects.values():
             member.reset()
         self._touch()
 

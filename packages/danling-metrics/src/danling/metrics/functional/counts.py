@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ..pieces import ExactMatch, Piece
 from ..state import state_from
 from .descriptor import MetricFunc, check_average, defined_mean
 
-Ratio = Callable[[Mapping[str, Tensor], bool, float], tuple[Tensor, Tensor]]
+Ratio = Callable[[Any, bool, float], tuple[Tensor, Tensor]]
 
 
 def _accuracy(s: Any, multiclass: bool, beta: float) -> tuple[Tensor, Tensor]:
