@@ -72,7 +72,7 @@ class PNTensor(torch.Tensor):
             memo[id(self)] = copied
         return memo[id(self)]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return "PN" + repr(self.tensor)
 
 
@@ -83,7 +83,7 @@ _KEEPING = {torch.Tensor.requires_grad_}
 
 def mark(x: Tensor) -> PNTensor:
     """`x` as a PNTensor, sharing its data."""
-    return x.as_subclass(PNTensor)
+    return x.as_subclass(PNTensor)  # type: ignore[return-value]
 
 
 def tensor(

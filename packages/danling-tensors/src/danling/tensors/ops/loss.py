@@ -105,7 +105,7 @@ def same_structure(func: Any, *args: Any, **kwargs: Any) -> Tensor:
             elif name == "var" and weight._layout == _without(layout, layout.rank - 1):
                 bound[name] = values_of(weight)
             else:
-                _, (_, bound[name]) = align((like, weight), f"{names(func)}: {name}")
+                _, (_, bound[name]) = align([like, weight], f"{names(func)}: {name}")
         elif isinstance(weight, Tensor):
             bound[name] = expand_dense(weight, layout, f"{names(func)}: {name}")
             if func.__name__ in _EXACT_WEIGHT:
@@ -365,12 +365,8 @@ def ctc_loss(func: Any, *args: Any, **kwargs: Any) -> Tensor:
     if isinstance(targets, NestedTensor):
         if targets._layout.ragged_dims != (0,) or targets._layout.rank != 1:
             raise ValueError(f"ctc_loss: targets need elements (S,), got {tuple(targets.shape)}")
-        targets = targets if targets.batch_first else targets.transpose(0, 1)
         # Labels outside the elements are never read, but must be legal ones.
-        bound["targets"] = to_padded_labels(targets)
+        layout = targets._layout.replace(batch_first=True)
+        bound["targets"] = wrap(values_of(targets), layout, (0, False)).tensor
     return F.ctc_loss(**bound)
 
-
-def to_padded_labels(x: NestedTensor) -> Tensor:
-    """Padded labels with zeros outside the elements, whatever the padding value is."""
-    return wrap(values_of(x), x._layout, (0, False)).tensor
