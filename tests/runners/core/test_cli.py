@@ -246,6 +246,16 @@ def test_damaged_files_do_not_stop_the_table(danling, run, tmp_path):
     assert status == 0 and "summary.json: " in out
 
 
+@pytest.mark.parametrize("order", [[], ["--reverse"]])
+def test_runs_without_a_number_come_last(danling, tmp_path, order):
+    for name, losses in (("good", (0.1,)), ("bad", (0.9,)), ("nan", (float("nan"),)), ("new", ())):
+        make_run(tmp_path, name, losses=losses).release()
+    found = json.loads(danling("runs", tmp_path, "--sort", "latest", "--json", *order)[1])["runs"]
+    names = [entry["name"] for entry in found]
+    assert names[:2] == (["bad", "good"] if order else ["good", "bad"])
+    assert set(names[2:]) == {"nan", "new"}
+
+
 def test_no_runs(danling, tmp_path):
     assert danling("runs", tmp_path) == (0, f"no runs below {tmp_path}\n", "")
 

@@ -29,9 +29,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sort not in COLUMNS:
         raise CommandError(f"--sort {args.sort}: must be one of {', '.join(COLUMNS)}")
     facts = [_facts(files) for files in find_runs(args.dir)]
-    known = [fact for fact in facts if fact[args.sort] is not None]
-    known.sort(key=lambda fact: fact[args.sort], reverse=args.reverse)
-    facts = known + [fact for fact in facts if fact[args.sort] is None]
+    facts = _sorted(facts, args.sort, args.reverse)
     if args.json:
         print_json({"runs": facts})
     elif not facts:
@@ -44,6 +42,14 @@ def run(args: argparse.Namespace) -> int:
             )
         )
     return 0
+
+
+def _sorted(facts: list[dict[str, Any]], key: str, reverse: bool) -> list[dict[str, Any]]:
+    """In the order of a column; what is missing or NaN there comes last."""
+    empty = [fact[key] is None or fact[key] != fact[key] for fact in facts]
+    known = [fact for fact, is_empty in zip(facts, empty, strict=True) if not is_empty]
+    known.sort(key=lambda fact: fact[key], reverse=reverse)
+    return known + [fact for fact, is_empty in zip(facts, empty, strict=True) if is_empty]
 
 
 def _facts(files: RunFiles) -> dict[str, Any]:
