@@ -262,10 +262,10 @@ class RunnerConfig(Config, metaclass=_Meta):
         config.__dict__["_excluded"] = frozenset(identity_exclude)
         return config
 
-    def excluded(self) -> set[str]:
+    def excluded(self) -> frozenset[str]:
         """Return the user's keys and sections that `identity_exclude` leaves out of the identity."""
         declared = {name for base in type(self).__mro__ for name in base.__dict__.get("identity_exclude", ())}
-        return declared | set(self.__dict__.get("_excluded", ()))
+        return frozenset(declared) | self.__dict__.get("_excluded", frozenset())
 
     def parse(self, args: Iterable[str] | None = None) -> Self:  # type: ignore[override]
         """Read configuration files and single keys from the command line, then `boot`.
@@ -524,7 +524,7 @@ class RunnerConfig(Config, metaclass=_Meta):
         return cls(json.loads(string))
 
     @classmethod
-    def from_dict(cls, obj: Mapping[str, Any]) -> Self:
+    def from_dict(cls, obj: Any) -> Self:
         """Build a configuration from a mapping."""
         return cls(obj)
 

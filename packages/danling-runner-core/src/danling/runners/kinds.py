@@ -241,7 +241,7 @@ def convert_annotation(annotation: Any, value: Any) -> Any:
         return to_mapping(value)
     if target in (list, tuple, set, frozenset, Sequence):
         items = value if isinstance(value, (set, frozenset)) else to_list(value)
-        make = list if target is Sequence else target
+        make: Any = list if target is Sequence else target
         if target is tuple and arguments and arguments[-1] is not Ellipsis:
             if len(items) != len(arguments):
                 _reject(f"{len(arguments)} values")

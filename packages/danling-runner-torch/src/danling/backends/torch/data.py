@@ -209,8 +209,8 @@ def shard_iterable(dataset: Any, split: str, mode: str, *, seed: int, rank: int,
         if not hasattr(dataset, "shard"):
             raise ConfigError(
                 f"the iterable dataset of split {split!r} has no shard(num_shards, index), and {ranks} ranks would all "
-                "read the same items; set dataloader.shard to 'stride' (each rank keeps every "
-                f"{ranks}th item) or to 'none' (the dataset divides itself)"
+                f"read the same items; set dataloader.shard to 'stride' (each rank keeps one item in {ranks}) or to "
+                "'none' (the dataset divides itself)"
             )
         dataset = dataset.shard(ranks, rank)
     return IterableShard(dataset, seed=seed, split=split, rank=rank, stride=stride)
