@@ -42,7 +42,14 @@ class Tiny(Runner):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        options = {"count": 50, "val": 21, "dropout": 0.2, "norm": False, "augment": False, **self.config.get("tiny", {})}
+        options = {
+            "count": 50,
+            "val": 21,
+            "dropout": 0.2,
+            "norm": False,
+            "augment": False,
+            **self.config.get("tiny", {}),
+        }
         torch.manual_seed(0)
         layers: list[nn.Module] = [nn.Linear(4, 8), nn.ReLU(), nn.Dropout(options["dropout"]), nn.Linear(8, 3)]
         if options["norm"]:

@@ -6,13 +6,19 @@ import random
 import time
 
 import pytest
-from support.forked import run_forked
-from support.tiny import Tiny, final_state, tiny_config
 
 from danling.runners import CheckpointStore
 from danling.runners.crash import POINTS, VARIABLE, arm
+from support.forked import run_forked
+from support.tiny import Tiny, final_state, tiny_config
 
-FAST = {"epochs": 3, "tiny__count": 24, "tiny__val": 9, "checkpoint__interval": "2 steps", "checkpoint__keep_latest_k": 1}
+FAST = {
+    "epochs": 3,
+    "tiny__count": 24,
+    "tiny__val": 9,
+    "checkpoint__interval": "2 steps",
+    "checkpoint__keep_latest_k": 1,
+}
 CRASHES = [point for point in POINTS if point != "loader.start"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of os.fork beside threads
 
@@ -44,7 +50,7 @@ def newest(config, root):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["async", "sync"])
 @pytest.mark.parametrize("point", CRASHES)
 def test_crash_points(tmp_path, straight, point, asynchronous):
     config = tiny_config(tmp_path, auto_resume=True, checkpoint__async_enabled=asynchronous, **FAST)

@@ -7,20 +7,20 @@ import time
 import pytest
 import torch
 
-from danling.backends.torch import payload
+from danling.backends.torch import payload, snapshot
 from danling.runners.atomic import read_json
 from support.tiny import Tiny, tiny_config
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
 def test_a_slow_writer_writes_what_was_there_when_the_save_was_due(tmp_path, monkeypatch, mode):
-    write_file = payload.write_file
+    write_file = snapshot.write_file
 
     def slowly(path, state):
         time.sleep(0.03)  # several updates pass meanwhile
         write_file(path, state)
 
-    monkeypatch.setattr(payload, "write_file", slowly)
+    monkeypatch.setattr(snapshot, "write_file", slowly)
     config = tiny_config(
         tmp_path,
         steps=12,

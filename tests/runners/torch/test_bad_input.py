@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.tiny import Tiny, tiny_config
 from torch import nn
 
 from danling.runners import CheckpointError, CheckpointNotFoundError, ConfigError, ResumeError, StackError
+from support.tiny import Tiny, tiny_config
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path):
@@ -199,5 +199,3 @@ def test_a_hundred_skips_in_a_row(tmp_path):
         with pytest.raises(FloatingPointError, match="100 updates in a row were skipped"):
             runner.train()
     assert skips == [0] * 100 and runner.train_state.skipped == 100
-
-

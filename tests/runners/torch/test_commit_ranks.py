@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from danling.backends.torch.payload import MODEL, rank_file, read_file
+from danling.backends.torch.payload import MODEL, rank_file
+from danling.backends.torch.snapshot import read_file
 from danling.runners import CheckpointStore
 from danling.runners.manifest import require_whole
 from support.ranks import run_ranks
@@ -19,7 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from danling.backends.torch.collective import Header, TorchCoordinator, new_commit_group
-from danling.backends.torch.payload import MODEL, HostBuffers, TorchSnapshot, rank_file, read_payload
+from danling.backends.torch.payload import MODEL, rank_file, read_payload
+from danling.backends.torch.snapshot import HostBuffers, TorchSnapshot
 from danling.runners import CheckpointError, CheckpointStore
 
 directory, last, mode, failing = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])

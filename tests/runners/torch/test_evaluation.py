@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.tiny import Tiny, tiny_config
 
 from danling.metrics import multiclass_metrics
+from support.tiny import Tiny, tiny_config
 
 
 class Measured(Tiny):

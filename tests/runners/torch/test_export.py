@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import nn
 
 from danling.backends.torch.export import cast_floating, export_checkpoint, read_safetensors, write_safetensors
-from danling.backends.torch.payload import EMA, MODEL, model_state, read_weights, write_file
+from danling.backends.torch.payload import EMA, MODEL, model_state, read_weights
+from danling.backends.torch.snapshot import write_file
 from danling.runners import CheckpointError
 
 

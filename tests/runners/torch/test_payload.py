@@ -18,23 +18,18 @@ from danling.backends.torch.payload import (
     EMA,
     MODEL,
     OPTIMIZER,
-    HostBuffers,
-    TorchSnapshot,
     clean_name,
     load_model_state,
     load_optimizer_state,
-    map_state,
     model_state,
     optimizer_state,
     rank_file,
-    read_file,
     read_payload,
     read_weights,
-    restore_arrays,
     strip_prefixes,
     unwrap,
-    write_file,
 )
+from danling.backends.torch.snapshot import HostBuffers, TorchSnapshot, map_state, read_file, restore_arrays, write_file
 from danling.runners import CheckpointError, CheckpointStore, ResumeError
 
 

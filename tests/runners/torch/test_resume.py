@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is the run that was never stopped, bit for bit."""
 
 import pytest
+
 from support.tiny import Tiny, final_state, tiny_config
 
 VARIANTS = {
@@ -32,7 +33,13 @@ def straight(root, **overrides):
 
 @pytest.mark.parametrize(
     ("variant", "updates"),
-    [*((variant, (3, 4, 12)) for variant in VARIANTS), ("epochs", (1,)), ("epochs", (6,)), ("epochs", (7,)), ("steps", (6,))],
+    [
+        *((variant, (3, 4, 12)) for variant in VARIANTS),
+        ("epochs", (1,)),
+        ("epochs", (6,)),
+        ("epochs", (7,)),
+        ("steps", (6,)),
+    ],
 )
 def test_stopped_and_resumed_equals_straight(tmp_path, variant, updates):
     overrides = VARIANTS[variant]

@@ -5,9 +5,9 @@ import os
 import signal
 
 import pytest
-from support.tiny import Tiny, final_state, tiny_config
 
 from danling.runners.atomic import read_json
+from support.tiny import Tiny, final_state, tiny_config
 
 
 def send(runner, event_name, number, when):

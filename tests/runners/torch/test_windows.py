@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from support.tiny import Tiny, tiny_config
 from torch import nn
 
 from danling.backends.torch.weights import weight_rule
 from danling.backends.torch.window import Window
+from support.tiny import Tiny, tiny_config
 
 INPUTS = torch.randn(20, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 CLASSES = torch.randint(0, 3, (20,), generator=torch.Generator().manual_seed(6))

@@ -38,7 +38,7 @@ class RunnerMeta(type):
     """Builds a runner in two steps, so that `__post_init__` sees what the user's `__init__` assigned."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        runner = cls.__new__(cls, *args, **kwargs)
+        runner: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
         try:
             type(runner).__init__(runner, *args, **kwargs)
             runner.__post_init__()
@@ -51,8 +51,8 @@ class RunnerMeta(type):
 class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=RunnerMeta):
     """What every runner has, whichever engine carries it.
 
-    A user assigns `model`, `criterion`, `datasets` (or `dataloaders`) and `metrics` in `__init__`, after `super().__init__(config)`.
-    Everything else has a default and a hook: a method to override, or to replace by assignment.
+    A user assigns `model`, `criterion`, `datasets` (or `dataloaders`) and `metrics` in `__init__`, after
+    `super().__init__(config)`. Everything else has a default and a hook: a method to override, or to replace by assignment.
 
     Args:
         config: a `RunnerConfig` or a mapping; it is copied and validated.
@@ -66,6 +66,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
     stack: ClassVar[str | None] = None
     guarantees: ClassVar[frozenset[int]] = frozenset()
     axes: ClassVar[frozenset[str]] = frozenset()
+    _outcome: tuple[str, str | None]
     stack_reason: str = "the class is fixed to it"
     summary_writer: ClassVar[Callable[..., Any] | None] = None  # makes TensorBoard's writer; None writes scalars alone
 
@@ -186,7 +187,9 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
         if self.is_main_process:
             self.workspace.write_config(plain(self.config), stack=self.stack, seed=self.rng_state.seed)
             for name, error in self.workspace.write_metadata(
-                plain(self.config), self.config.identity(), {"world_size": self.world_size, **self.describe_environment()}
+                plain(self.config),
+                self.config.identity(),
+                {"world_size": self.world_size, **self.describe_environment()},
             ):
                 self.problems.add(f"metadata {name}", error)
             self._write_summary("running")
@@ -674,7 +677,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
     @contextmanager
     def _ending(self) -> Iterator[None]:
         """Whatever ends training is told to the listeners and stands in `summary.json`."""
-        self._outcome: tuple[str, str | None] = ("finished", None)
+        self._outcome = ("finished", None)
         try:
             yield
         except BaseException as error:
@@ -714,7 +717,8 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
             {
                 "duration": _duration(time.monotonic() - self._started_at),
                 "updates": f"{self.global_step} in {self.epoch} epochs",
-                "best": best and f"{self.score_split}/{self.score_name} {self.best_score:.6g} at "
+                "best": best
+                and f"{self.score_split}/{self.score_name} {self.best_score:.6g} at "
                 f"{self.results.unit} {best['index']}",
                 "checkpoint": newest and str(newest),
                 "results": str(self.dir / "results.json"),
@@ -805,7 +809,9 @@ def _as_splits(mapping: Any) -> Splits:
     if isinstance(mapping, Splits):
         return mapping
     if not isinstance(mapping, Mapping):
-        raise TypeError(f"datasets, samplers and loaders are mappings from split to object, got {type(mapping).__name__}")
+        raise TypeError(
+            f"datasets, samplers and loaders are mappings from split to object, got {type(mapping).__name__}"
+        )
     return Splits(mapping)
 
 
@@ -813,5 +819,3 @@ def _duration(seconds: float) -> str:
     from .console import format_duration
 
     return format_duration(seconds)
-
-

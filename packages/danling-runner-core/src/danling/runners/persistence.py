@@ -18,7 +18,13 @@ from .identity import differences, identity_view
 COMPONENTS = ("optimizer", "scheduler", "grad_scaler", "ema", "rng", "dataloaders", "results", "callbacks")
 RECORD = "runner.json"
 CONFIG = "runner.yaml"
-RECORDED = ("runner", "state", "results", "callbacks", "trackers")  # what an override of state_dict adds goes with the rank
+RECORDED = (
+    "runner",
+    "state",
+    "results",
+    "callbacks",
+    "trackers",
+)  # what an override of state_dict adds goes with the rank
 FACTS = ("danling_version", "config_id", "identity_exclude")  # stand in the file beside the configuration
 
 
@@ -37,7 +43,7 @@ class Snapshot:
         """Copy the state; from here on training may go on."""
         runner, model_only = self._runner, self._kind == "model"
         self._files: dict[str, Any] = {}
-        if runner.is_main_process:  # type: ignore[attr-defined]
+        if runner.is_main_process:
             self._files[CONFIG] = runner.config_content()
             if not model_only:
                 state = runner.state_dict()
@@ -51,7 +57,10 @@ class Snapshot:
         return [*self._files, *(self._write_engine(directory) or ())]
 
 
-class Persistence:
+_Host: Any = object  # part of BaseRunner: what is used here and not defined here is the runner's
+
+
+class Persistence(_Host):
     """The part of a runner that saves and restores."""
 
     resumed_from: Any = None
@@ -79,7 +88,9 @@ class Persistence:
             try:
                 self.results.load_state_dict(state["results"])
             except ValueError as error:
-                raise ResumeError(f"{error}; add 'results' to checkpoint.exclude_from_loading to start them afresh") from error
+                raise ResumeError(
+                    f"{error}; add 'results' to checkpoint.exclude_from_loading to start them afresh"
+                ) from error
         if "callbacks" not in excluded:
             for name in self.events.load_state_dict(state.get("callbacks", {})):
                 self.logger.warning("the checkpoint holds state of a callback %r that this run does not have", name)

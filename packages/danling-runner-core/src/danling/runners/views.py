@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .interval import Interval
-from .state import ElasticState, RNGState, TrainState
 
 if TYPE_CHECKING:
     from .base_runner import BaseRunner
 
 TRIGGERS_PER_BUDGET = 20
 LOGS_PER_BUDGET = 100
+
+
+_Host: Any = object  # part of BaseRunner: what is used here and not defined here is the runner's
 
 
 class _Of:
@@ -38,16 +39,16 @@ class _Of:
         raise AttributeError(f"{type(runner).__name__}.{self._name} is read only: it is {'.'.join(self._path)}")
 
 
-class StateViews:
+class StateViews(_Host):
     """Counters, targets and cadence."""
 
-    train_state: TrainState = _Of("state.train", "counters and positions")  # type: ignore[assignment]
-    elastic_state: ElasticState = _Of("state.elastic", "restarts and world size of this attempt")  # type: ignore[assignment]
-    rng_state: RNGState = _Of("state.rng", "the seed in force")  # type: ignore[assignment]
-    global_step: int = _Of("state.train.global_step", "updates applied")  # type: ignore[assignment]
-    micro_step: int = _Of("state.train.micro_step", "micro-batches run")  # type: ignore[assignment]
-    epoch: int = _Of("state.train.epoch", "complete epochs")  # type: ignore[assignment]
-    accum_steps: int = _Of("config.accum_steps", "micro-batches behind one update")  # type: ignore[assignment]
+    train_state = _Of("state.train", "counters and positions")
+    elastic_state = _Of("state.elastic", "restarts and world size of this attempt")
+    rng_state = _Of("state.rng", "the seed in force")
+    global_step = _Of("state.train.global_step", "updates applied")
+    micro_step = _Of("state.train.micro_step", "micro-batches run")
+    epoch = _Of("state.train.epoch", "complete epochs")
+    accum_steps = _Of("config.accum_steps", "micro-batches behind one update")
     max_grad_value = _Of("config.max_grad_value", "limit of each gradient element")
     max_grad_norm = _Of("config.max_grad_norm", "limit of the gradient norm")
     skip_nonfinite_grad = _Of("config.skip_nonfinite_grad", "whether updates with non-finite gradients are skipped")
@@ -56,12 +57,12 @@ class StateViews:
     @property
     def is_step_mode(self) -> bool:
         """Whether the budget counts updates."""
-        return self.config.steps is not None  # type: ignore[attr-defined]
+        return self.config.steps is not None
 
     @property
     def updates_per_epoch(self) -> int | None:
         """Updates in one epoch over the train splits; None when a loader has no length."""
-        lengths = [self.pass_length(split) for split in self.train_splits]  # type: ignore[attr-defined]
+        lengths = [self.pass_length(split) for split in self.train_splits]
         if any(length is None for length in lengths):
             return None
         return sum(math.ceil(length / self.accum_steps) for length in lengths)
@@ -69,7 +70,7 @@ class StateViews:
     @property
     def steps(self) -> int | None:
         """Target in updates: the budget, or what the epochs of the budget amount to; None when that is unknown."""
-        config = self.config  # type: ignore[attr-defined]
+        config = self.config
         if config.steps is not None:
             return config.steps
         per_epoch = self.updates_per_epoch if config.epochs is not None else None
@@ -78,7 +79,7 @@ class StateViews:
     @property
     def epochs(self) -> int | None:
         """Target in epochs; in step mode the epochs that the updates amount to, None when that is unknown."""
-        config = self.config  # type: ignore[attr-defined]
+        config = self.config
         if config.steps is None:
             return config.epochs
         per_epoch = self.updates_per_epoch
@@ -91,7 +92,7 @@ class StateViews:
     def progress(self) -> float:
         """How much of the budget is used, from 0 to 1."""
         if self.is_step_mode:
-            return min(1.0, self.global_step / self.config.steps)  # type: ignore[attr-defined]
+            return min(1.0, self.global_step / self.config.steps)
         steps, epochs = self.steps, self.epochs
         if steps:
             return min(1.0, self.global_step / steps)
@@ -102,23 +103,23 @@ class StateViews:
         if value is not None:
             return Interval.parse(value, unit)
         if self.is_step_mode:
-            return Interval(math.ceil(self.config.steps / TRIGGERS_PER_BUDGET), unit)  # type: ignore[attr-defined]
+            return Interval(math.ceil(self.config.steps / TRIGGERS_PER_BUDGET), unit)
         return Interval(1, unit)
 
     @property
     def evaluation_interval(self) -> Interval:
         """How often to evaluate during training."""
-        return self._interval(self.config.eval_interval)  # type: ignore[attr-defined]
+        return self._interval(self.config.eval_interval)
 
     @property
     def checkpoint_interval(self) -> Interval:
         """How often to save during training."""
-        return self._interval(self.config.checkpoint.interval)  # type: ignore[attr-defined]
+        return self._interval(self.config.checkpoint.interval)
 
     @property
     def log_interval(self) -> int:
         """Updates between two log points; 0 is never."""
-        value = self.config.log_interval  # type: ignore[attr-defined]
+        value = self.config.log_interval
         if value is not None:
             return value
         steps = self.steps
@@ -127,16 +128,16 @@ class StateViews:
     @property
     def batch_size(self) -> int | None:
         """Samples per micro-batch and rank; None when the data set makes its own batches."""
-        return self.config.dataloader.batch_size  # type: ignore[attr-defined]
+        return self.config.dataloader.batch_size
 
     @property
     def batch_size_equivalent(self) -> int | None:
         """Samples behind one update: batch × data ranks × accum_steps."""
         size = self.batch_size
-        return None if size is None else size * self.data_degree * self.accum_steps  # type: ignore[attr-defined]
+        return None if size is None else size * self.data_degree * self.accum_steps
 
 
-class ResultViews:
+class ResultViews(_Host):
     """Scores and rows."""
 
     latest_result = _Of("results.latest_result", "the last row, with its index")
@@ -153,10 +154,10 @@ class ResultViews:
     @property
     def best_fn(self) -> Any:
         """`min` or `max`, the function that picks the better of two scores."""
-        return min if self.results.direction == "min" else max  # type: ignore[attr-defined]
+        return min if self.results.direction == "min" else max
 
 
-class IdentityViews:
+class IdentityViews(_Host):
     """Names and places."""
 
     name = _Of("workspace.name", "the name of the run")
@@ -171,9 +172,9 @@ class IdentityViews:
     lineage = _Of("config.lineage", "directory level above the experiment")
     experiment = _Of("config.experiment", "directory level above the run")
     timestamp = _Of("workspace.timestamp", "start of the attempt, UTC")
-    dir: Path = _Of("workspace.dir", "the run directory")  # type: ignore[assignment]
-    checkpoint_dir: Path = _Of("workspace.checkpoint_dir", "where checkpoints are")  # type: ignore[assignment]
-    log_file: Path = _Of("workspace.log_file", "the log of this attempt")  # type: ignore[assignment]
+    dir = _Of("workspace.dir", "the run directory")
+    checkpoint_dir = _Of("workspace.checkpoint_dir", "where checkpoints are")
+    log_file = _Of("workspace.log_file", "the log of this attempt")
 
 
 def describe_start(runner: BaseRunner) -> dict[str, Any]:

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from danling.optim import OPTIMIZERS, SCHEDULERS, OptimizerStep
-from danling.runners.errors import ConfigError
 from torch import nn
 
+from danling.optim import OPTIMIZERS, SCHEDULERS, OptimizerStep
+from danling.runners.errors import ConfigError
+
+from . import payload
 from .activation import apply_activation_checkpointing
 from .compiling import compile_model, load_artifacts, save_artifacts
 from .data import build_dataloader, is_map_style
 from .ema import EMASchedule, build_ema
 from .fp8 import convert_to_fp8
-from . import payload
 from .payload import clean_name
 from .precision import Precision
 from .profiling import StepProfiler
 from .sampler import build_sampler
 from .weights import weight_rule
 
-if TYPE_CHECKING:
-    from .runner import TorchRunner as _Host
-else:
-    _Host = object
+_Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
+
 
 class Building(_Host):
     """The construction hooks of `TorchRunner`."""
+
+    model: Any
+    ema: Any
+    criterion: Any
+    optimizer: Any
+    scheduler: Any
+    train_metrics: Any
+    evaluate_metrics: Any
 
     # Data
 
@@ -249,7 +256,9 @@ class Building(_Host):
     def _resolve_interval(self, interval: str) -> str:
         if self._is_metric_scheduler():
             if interval == "step":
-                raise ConfigError("scheduler.interval: a scheduler that follows a metric moves after evaluations, not steps")
+                raise ConfigError(
+                    "scheduler.interval: a scheduler that follows a metric moves after evaluations, not steps"
+                )
             return "metric"
         return "step" if interval == "auto" else interval
 

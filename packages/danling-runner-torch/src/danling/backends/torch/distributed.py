@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from danling.runners.supervisor import Stop
 from torch import Tensor
+
+from danling.runners.supervisor import Stop
 
 from .collective import Header, TorchCoordinator, new_commit_group
 
-if TYPE_CHECKING:
-    from .runner import TorchRunner as _Host
-else:
-    _Host = object
+_Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
 _base_store: Any = None  # kept for the life of the process: a second rendezvous at the same address would fail
 _groups_made = 0
@@ -53,6 +51,7 @@ class WindowHeader(NamedTuple):
 class Distributed(_Host):
     """Processes, devices and collectives of `TorchRunner`."""
 
+    coordinator: Any
     agreed: tuple[bool, bool] = (False, False)
     _world: tuple[int, int, int] | None = None
 
@@ -122,7 +121,10 @@ class Distributed(_Host):
         seconds = comm.init_timeout_seconds or comm.train_timeout_seconds
         timeout = timedelta(seconds=seconds) if seconds else None
         if _base_store is None:
-            _base_store = next(iter(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout or timedelta(minutes=5))))[0]
+            rendezvous = dist.rendezvous(
+                "env://", self.rank, self.world_size, timeout=timeout or timedelta(minutes=5)
+            )
+            _base_store = next(iter(rendezvous))[0]
         _groups_made += 1
         store = dist.PrefixStore(f"danling/{self.state.elastic.restart_count}/{_groups_made}", _base_store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
@@ -198,9 +200,22 @@ class Distributed(_Host):
         """Tell all ranks about the window in hand and about requests on this rank; the one collective of a window."""
         supervisor = self.supervisor
         flags = [supervisor.stop == level for level in (Stop.REQUEST, Stop.SIGINT, Stop.SIGTERM)]
-        mine = [weight, samples, tokens, present, left, never, self.rank * never, abort, *flags, supervisor.save_requested]
+        mine = [
+            weight,
+            samples,
+            tokens,
+            present,
+            left,
+            never,
+            self.rank * never,
+            abort,
+            *flags,
+            supervisor.save_requested,
+        ]
         sums = self._header.sum([float(value) for value in mine]).tolist()
-        found = [level for level, count in zip((Stop.REQUEST, Stop.SIGINT, Stop.SIGTERM), sums[8:11], strict=True) if count]
+        found = [
+            level for level, count in zip((Stop.REQUEST, Stop.SIGINT, Stop.SIGTERM), sums[8:11], strict=True) if count
+        ]
         stop = max(found, default=Stop.NONE)
         if stop or sums[11]:
             supervisor.agree(stop, bool(sums[11]))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
+
 from danling.runners.crash import crash_point
 from danling.runners.loop import EvaluationInterrupted
 from danling.runners.state import RunnerMode
-from torch import Tensor
 
 from .ema import ema_module
 from .infer import count_samples, merge_in_order, split_output
@@ -19,16 +20,16 @@ from .rng import capture_rng, restore_rng
 from .training import _average, plain_metrics, split_batch
 from .weights import samples_in
 
-if TYPE_CHECKING:
-    from .runner import TorchRunner as _Host
-else:
-    _Host = object
+_Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
 LOOK_EVERY = 8  # batches between two looks for a request to stop
 
 
 class Evaluation(_Host):
     """The evaluating half of `TorchRunner`."""
+
+    split: Any
+    mode: Any
 
     @property
     def evaluation_model(self) -> Any:

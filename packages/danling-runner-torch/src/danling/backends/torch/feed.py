@@ -9,9 +9,10 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from danling.runners.crash import crash_point
 from torch import Tensor
 from torch.utils.data import IterableDataset
+
+from danling.runners.crash import crash_point
 
 from .rng import capture_rng, restore_rng
 from .weights import samples_in, tokens_in
@@ -55,7 +56,7 @@ class Feed:
 
     def __enter__(self) -> Feed:
         runner, position = self.runner, self._position
-        self._rng = capture_rng(runner.device)
+        self._rng: Any = capture_rng(runner.device)
         try:
             if self.sampler is not None:
                 if position["samples"]:
@@ -94,7 +95,8 @@ class Feed:
         if self._first or self.interrupted:
             self._first = False
             if not self.runner.distributed and (self.interrupted or self.runner.supervisor.stop):
-                return self._interrupt()
+                self._interrupt()
+                return None
         if self.runner.distributed:
             return self._agree(batches)
         self._rng = None
@@ -136,11 +138,11 @@ class Feed:
             self.exhausted = True
         return batches
 
-    def _count(self, batches: list[Any]) -> tuple[int, int]:
-        samples = tokens = 0
+    def _count(self, batches: list[Any]) -> tuple[int, Any]:
+        samples, tokens = 0, 0
         for batch in batches:
             samples += samples_in(batch)
-            tokens += tokens_in(batch)
+            tokens = tokens + tokens_in(batch)
         return samples, tokens
 
     def _excuse(self, error: Exception) -> None:
@@ -177,7 +179,8 @@ class Feed:
             abort=self.interrupted,
         )
         if header.abort or (first and header.stop):
-            return self._interrupt()
+            self._interrupt()
+            return None
         self._rng = None
         if not header.present:
             self.exhausted = True

@@ -6,11 +6,12 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor, nn
 
 from danling.runners.errors import CheckpointError, ResumeError
 from danling.runners.persistence import RECORDED
-from torch import Tensor, nn
 
 from .export import cast_floating, write_safetensors
 from .payload import (
@@ -31,14 +32,13 @@ from .payload import (
 )
 from .rng import capture_rng, restore_rng
 
-if TYPE_CHECKING:
-    from .runner import TorchRunner as _Host
-else:
-    _Host = object
+_Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
 
 class Restoring(_Host):
     """The part of `TorchRunner` that saves and restores."""
+
+    _buffers: HostBuffers | None
 
     # Saving
 
@@ -211,7 +211,7 @@ class Restoring(_Host):
         if not consumed:
             parts = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None), loader)
             for part in (*parts, getattr(loader, "dataset", None)):
-                if hasattr(part, "set_epoch"):
+                if part is not None and hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
         elif state is not None and hasattr(loader, "load_state_dict"):
             loader.load_state_dict(state)

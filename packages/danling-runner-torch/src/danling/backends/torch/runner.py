@@ -6,6 +6,7 @@ import socket
 from typing import Any, ClassVar
 
 import torch
+
 from danling.metrics import AverageMeters
 from danling.runners.base_runner import BaseRunner
 

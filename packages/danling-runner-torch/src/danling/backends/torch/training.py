@@ -6,20 +6,18 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
+
 from danling.metrics import AverageMeters
 from danling.runners.state import RunnerMode
-from torch import Tensor
 
 from .feed import Feed
 from .weights import samples_in
 
-if TYPE_CHECKING:
-    from .runner import TorchRunner as _Host
-else:
-    _Host = object
+_Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
 _NO_CONTEXT = nullcontext()
 
@@ -55,6 +53,9 @@ def split_batch(data: Any) -> tuple[Any, Any]:
 
 class Training(_Host):
     """The training half of `TorchRunner`."""
+
+    _first_update: bool
+    _log_mark: tuple[float, float] | None
 
     def open_pass(self, split: str) -> Feed:
         """A context that yields windows of a train split from its position on."""
@@ -128,7 +129,9 @@ class Training(_Host):
         if not isinstance(loss, Tensor):
             raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}")
         if loss.numel() != 1:
-            raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}; average it, with its loss_weight")
+            raise ValueError(
+                f"the loss must be a scalar, got shape {tuple(loss.shape)}; average it, with its loss_weight"
+            )
         window = self.window
         if window.is_filler or window.weight == 0:
             self.backward_nothing(loss)
@@ -186,7 +189,9 @@ class Training(_Host):
         time-outs of communication (after the first), garbage collection.
         """
         if self.updater is None:
-            raise RuntimeError("there is no optimizer: set optim.type, assign self.optimizer, or override optimizer_step")
+            raise RuntimeError(
+                "there is no optimizer: set optim.type, assign self.optimizer, or override optimizer_step"
+            )
         stepped, self.grad_norm = self.updater.step()
         if not stepped:
             return False
@@ -243,7 +248,12 @@ class Training(_Host):
 
     def start_clock(self) -> None:
         """Begin to measure speed from here; evaluations and saves between log points are left out."""
-        self._clock = (time.perf_counter(), self.train_state.global_step, self.train_state.samples, self.train_state.tokens)
+        self._clock = (
+            time.perf_counter(),
+            self.train_state.global_step,
+            self.train_state.samples,
+            self.train_state.tokens,
+        )
 
     def log_training(self) -> None:
         """Report the values since the last log point: one reduction, one host read."""
@@ -313,14 +323,16 @@ def _average(metrics: Any) -> Any:
     return metrics.average() if hasattr(metrics, "average") else metrics.compute()
 
 
-def plain_metrics(values: Any) -> dict[str, Any]:
+def plain_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested metrics as plain mappings of numbers and lists.
 
     >>> plain_metrics({"loss": torch.tensor(0.5), "f1": {"per_class": torch.tensor([0.0, 1.0])}})
     {'loss': 0.5, 'f1': {'per_class': [0.0, 1.0]}}
     """
-    if isinstance(values, Mapping):
-        return {str(key): plain_metrics(value) for key, value in values.items()}
-    if isinstance(values, Tensor):
-        return values.tolist()
-    return values
+    return {str(key): _plain_value(value) for key, value in values.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return plain_metrics(value)
+    return value.tolist() if isinstance(value, Tensor) else value

@@ -39,7 +39,7 @@ def samples_in(batch: Any) -> int:
     return 1 if count is None else count
 
 
-def tokens_in(batch: Any) -> int | Tensor:
+def tokens_in(batch: Any) -> Any:
     """Tokens in a batch that tells: the packed length of a ragged input, or the sum of an attention mask; else 0."""
     if type(batch) in _SEQUENCES and batch and type(batch[0]) is Tensor:
         return 0
@@ -95,7 +95,9 @@ def weight_rule(criterion: Any, override: Callable[[Any], Weight] | None = None)
         has = type(batch) not in _SEQUENCES and isinstance(batch, Mapping) and "loss_weight" in batch
         if has is not given:
             if given is not None:
-                raise ValueError("some batches have the key 'loss_weight' and others have not: give it to all or to none")
+                raise ValueError(
+                    "some batches have the key 'loss_weight' and others have not: give it to all or to none"
+                )
             given = has
         if has:
             weight = batch["loss_weight"]

@@ -24,10 +24,13 @@ class Window:
         fillers: from this index on micro-batches only keep ranks in step and count for nothing.
     """
 
-    __slots__ = ("batches", "weights", "factors", "index", "applied", "fillers", "weighs", "samples", "tokens", "losses")
+    __slots__ = ("batches", "weights", "factors", "index", "applied", "fillers", "weighs", "samples", "tokens")
+
+    samples: int
+    tokens: Any
 
     def __init__(self) -> None:
-        self.losses: list[tuple[Any, Any]] = []
+        self.samples, self.tokens = 0, 0
         self.open([None], [1])
 
     def open(
