@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from danling.backends.torch.payload import MODEL, OPTIMIZER, HostBuffers, TorchSnapshot, rank_file
+from danling.backends.torch.payload import MODEL, OPTIMIZER, rank_file
+from danling.backends.torch.snapshot import HostBuffers, TorchSnapshot
 from danling.runners.store import CheckpointStore
 
 LIMIT = 0.10
