@@ -68,14 +68,15 @@ print(x.shape, x.padding_value, x.mask_value)
     assert result.stdout.strip() == "torch.Size([2, 3, 4]) -1 True"
 
 
-def test_parameters_and_modules() -> None:
-    class Holder(nn.Module):
-        def __init__(self, seed: int) -> None:
-            super().__init__()
-            torch.manual_seed(seed)
-            self.weight = nn.Parameter(NestedTensor([torch.randn(2), torch.randn(3)]))
-            self.register_buffer("steps", NestedTensor([1, 2], [3]))
+class Holder(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.weight = nn.Parameter(NestedTensor([torch.randn(2), torch.randn(3)]))
+        self.register_buffer("steps", NestedTensor([1, 2], [3]))
 
+
+def test_parameters_and_modules() -> None:
     a, b = Holder(0), Holder(1)
     assert isinstance(a.weight, nn.Parameter) and a.weight.requires_grad
     buffer = io.BytesIO()
