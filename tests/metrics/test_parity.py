@@ -109,6 +109,18 @@ def test_multiclass_counts(suffix, kind):
             close(ours, SK[suffix](y, x.argmax(1), average=average, zero_division=0))
 
 
+@pytest.mark.parametrize("suffix", TM)
+def test_two_classes_are_not_binary(suffix):
+    x, y = multiclass("random")
+    x, y = x[:, :2].softmax(1), y.clamp(max=1)
+    for average in AVERAGES:
+        extra = {"beta": 2.0} if suffix == "fbeta_score" else {}
+        ours = value(getattr(F, f"multiclass_{suffix}")(2, average=average, **extra), x, y)
+        reference = getattr(tmc, f"multiclass_{TM[suffix]}")
+        close(ours, reference(x, y, num_classes=2, average=average or "none", **extra))
+    close(value(F.multiclass_balanced_accuracy(2), x, y), sk.balanced_accuracy_score(y, x.argmax(1)))
+
+
 @pytest.mark.parametrize("k", [2, 3])
 @pytest.mark.parametrize("suffix", ["accuracy", "precision", "recall", "f1_score"])
 def test_multiclass_top_k(suffix, k):

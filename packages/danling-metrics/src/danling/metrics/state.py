@@ -85,7 +85,7 @@ _READS = {
     "targets": lambda s: s.source.valid_rows(s.view, probabilities=True)[1],
     "n": lambda s: s.source.checks(s.view)[ROWS],
     "confmat": _confmat,
-    "stats": lambda s: count_stats(_confmat(s)),
+    "stats": lambda s: count_stats(_confmat(s), s.metric.task == "multiclass"),
     "ranking": lambda s: s.source.ranking(s.metric),
     "pooled_ranking": lambda s: s.source.ranking(s.metric, pooled=True),
     "histogram": lambda s: s.source.histogram(s.metric),
@@ -93,9 +93,9 @@ _READS = {
 }
 
 
-def count_stats(confmat: Tensor) -> Mapping[str, Tensor]:
-    """Return `tp, fp, fn, tn, support, total` per class or label (of the positive class for binary)."""
-    if confmat.dim() == 3 or confmat.shape == (2, 2):
+def count_stats(confmat: Tensor, multiclass: bool = False) -> Stats:
+    """Return `tp, fp, fn, tn, support, total` per class or label; of the positive class for a binary `(2, 2)`."""
+    if confmat.dim() == 3 or (confmat.shape == (2, 2) and not multiclass):
         tn, fp, fn, tp = confmat.flatten(-2).unbind(-1)
     else:
         tp = confmat.diagonal()

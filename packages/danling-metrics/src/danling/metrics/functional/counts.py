@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..pieces import ExactMatch, Piece
-from ..state import state_from
+from ..state import count_stats, state_from
 from .descriptor import MetricFunc, check_average, defined_mean
 
 Ratio = Callable[[Any, bool, float], tuple[Tensor, Tensor]]
@@ -70,7 +70,7 @@ class CountMetric(MetricFunc):
         self.k = check_k(k, self.num_classes)
 
     def __call__(self, state: Any) -> Tensor:
-        stats = state_from(self, state).stats
+        stats = count_stats(state_from(self, state).confmat, self.task == "multiclass")
         multiclass = self.task == "multiclass"
         loss = self.suffix == "hamming_loss"
         fallback = 0.0 if self.suffix in ("accuracy", "hamming_loss") else self.zero_division
@@ -99,7 +99,7 @@ class BalancedAccuracy(MetricFunc):
         self.average = check_average(average)
 
     def __call__(self, state: Any) -> Tensor:
-        stats = state_from(self, state).stats
+        stats = count_stats(state_from(self, state).confmat, self.task == "multiclass")
         if self.task == "multiclass":
             return defined_mean(stats.tp.double() / stats.support)
         tp, fn, tn, fp = stats.tp, stats.fn, stats.tn, stats.fp
