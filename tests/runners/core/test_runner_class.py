@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from abc import ABC, abstractmethod
 
 import pytest
 
@@ -151,6 +152,23 @@ assert "torch" not in sys.modules
 def test_a_spawned_worker_knows_the_class(user, config):
     with user.Mine(config("toy")) as runner, multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.map(user.Mapped(runner), [1, 2]) == [("Mine", "Toy", 2), ("Mine", "Toy", 3)]
+
+
+def test_abstract_classes_mix_in(user, config):
+    class Named(ABC):
+        @abstractmethod
+        def title(self): ...
+
+    class Titled(user.Mine, Named):
+        def title(self):
+            return "titled"
+
+    class Untitled(user.Mine, Named): ...
+
+    with Titled(config("toy")) as runner:
+        assert runner.title() == "titled" and runner.hello() == "mine over toy" and isinstance(runner, Named)
+    with pytest.raises(TypeError, match="abstract"):
+        Untitled(config("toy", name="other"))
 
 
 def test_a_subclass_of_an_engine_is_left_as_it_is(user, config):

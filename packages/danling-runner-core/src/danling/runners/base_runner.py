@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any, ClassVar
 from .atomic import read_yaml
 from .configfile import plain
 from .console import Console
+from .contradictions import unsupported
 from .coordinator import Coordinator
 from .crash import crash_point
 from .discovery import check_engine
+from .errors import ConfigError
 from .events import Events
 from .heartbeat import Heartbeat
 from .loop import Loop
@@ -34,8 +37,11 @@ from .workspace import Workspace
 VALIDATION_ONLY = ("infer", "predict")
 
 
-class RunnerMeta(type):
-    """Builds a runner in two steps, so that `__post_init__` sees what the user's `__init__` assigned."""
+class RunnerMeta(ABCMeta):
+    """Builds a runner in two steps, so that `__post_init__` sees what the user's `__init__` assigned.
+
+    It is an `ABCMeta` so that a runner may also inherit from abstract classes.
+    """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         runner: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
@@ -61,11 +67,13 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
         stack: name of the engine, None where the configuration chooses it.
         guarantees: numbers of the documented guarantees that the engine claims.
         axes: parallel axes that the engine understands.
+        features: what the engine can do of `dcp` (sharded checkpoints), `fsdp` and `ft` (fault tolerance).
     """
 
     stack: ClassVar[str | None] = None
     guarantees: ClassVar[frozenset[int]] = frozenset()
     axes: ClassVar[frozenset[str]] = frozenset()
+    features: ClassVar[frozenset[str]] = frozenset()
     _outcome: tuple[str, str | None]
     stack_reason: str = "the class is fixed to it"
     summary_writer: ClassVar[Callable[..., Any] | None] = None  # makes TensorBoard's writer; None writes scalars alone
@@ -154,6 +162,8 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
         Raises:
             ConfigError: naming the key.
         """
+        if problems := unsupported(self.config, self.stack or type(self).__name__, self.axes, self.features):
+            raise ConfigError("\n  ".join(problems))
 
     def _claim_directory(self) -> None:
         """Hold the run directory; set an earlier run aside unless this one continues it."""
