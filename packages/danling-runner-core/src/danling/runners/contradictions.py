@@ -1,9 +1,9 @@
-"""Values that are fine one by one and exclude each other."""
+"""Values that are fine one by one and exclude each other, or that the chosen engine cannot honour."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .aliases import find
@@ -62,4 +62,31 @@ def contradictions(config: Mapping[str, Any]) -> list[str]:
             UserWarning,
             stacklevel=4,
         )
+    return lines
+
+
+# What only some engines can do: key, value, the feature that an engine declares
+FEATURES = (("checkpoint.backend", "dcp", "dcp"), ("fsdp.enabled", True, "fsdp"), ("ft.enabled", True, "ft"))
+
+
+def unsupported(config: Mapping[str, Any], stack: str, axes: Collection[str], features: Collection[str]) -> list[str]:
+    """Return a line for each setting of a validated configuration that an engine would have to ignore.
+
+    Args:
+        config: a validated configuration.
+        stack: name of the engine.
+        axes: parallel axes it understands.
+        features: what it can do of `dcp` (sharded checkpoints), `fsdp` and `ft` (fault tolerance).
+    """
+    lines = [
+        f"parallel.axes.{axis}: {degree}, but stack {stack!r} {f'knows only {sorted(axes)}' if axes else 'has no axes'}; "
+        "use stack 'parallel', or leave the axis at 1"
+        for axis, degree in find(config, "parallel.axes")[1].items()
+        if degree != 1 and axis not in axes
+    ]
+    lines += [
+        f"{key}: {value!r} is not supported by stack {stack!r}; choose another stack, or leave it out"
+        for key, value, feature in FEATURES
+        if find(config, key)[1] == value and feature not in features
+    ]
     return lines

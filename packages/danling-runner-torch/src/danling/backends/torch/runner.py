@@ -77,5 +77,5 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
 
     def close_loaders(self) -> None:
         """Stop the workers of the loaders."""
-        for loader in self.dataloaders.values():
+        for loader in self.__dict__.get("dataloaders", {}).values():  # none yet when a construction fails early
             stop_workers(loader)
