@@ -179,7 +179,13 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
             self.logger.info("an earlier run was set aside: %s (auto_resume continues a run instead)", aside)
 
     def _lies_inside(self, source: Any) -> bool:
-        return bool(source) and Path(source).resolve().is_relative_to(self.dir.resolve())
+        """Whether a source for a resume is a path in the run directory, or the name of a checkpoint or alias there."""
+        if not source:
+            return False
+        if Path(source).resolve().is_relative_to(self.dir.resolve()):
+            return True
+        known = (self.checkpoint_dir / source, self.checkpoint_dir / f"{source}.pointer")
+        return Path(source).name == str(source) and any(path.exists() for path in known)
 
     def _init_logging(self) -> None:
         attempt, main = self.summary.attempt, self.is_main_process
