@@ -159,7 +159,7 @@ class Persistence(_Host):
         self._store_save(name, [], final=True, force=True, kind=kind)
 
     def _save_final_model(self) -> None:
-        self._store_save("final", [], final=True, force=True, kind="model")
+        self._store_save("final", [], final=True, force=False, kind="model")
 
     def _store_save(self, target: str, aliases: list[str], *, final: bool, force: bool, kind: str = "full") -> None:
         self.trackers.sync()
