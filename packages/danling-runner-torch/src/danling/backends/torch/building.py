@@ -98,6 +98,10 @@ class Building(_Host):
         for name, value in self.config.dataloader.items():
             if isinstance(value, Mapping) and name not in known:
                 raise ConfigError(f"dataloader.{name}: there is no split {name!r}; there are: {', '.join(known)}")
+        for key in ("train_splits", "evaluate_splits"):
+            for name in self.config[key] or []:
+                if name not in known:
+                    raise ConfigError(f"{key}: there is no split {name!r}; there are: {', '.join(known)}")
 
     @staticmethod
     def collate_fn(batch: list[Any]) -> Any:
