@@ -37,7 +37,10 @@ SAMPLES = {
     **{name: method(name) for name in "double float clone contiguous cpu".split()},
     **{name: method(name, grad=False) for name in "half bfloat16 bool byte char short int long detach".split()},
     **{name: method(name) for name in "cfloat cdouble".split()},
-    "chalf": method("chalf", grad=False),
+    "chalf": [
+        Sample(lambda d, x: torch.view_as_real(x.chalf()), layouts=FULL, dtypes=FP32, grad=False, isolated=False)
+    ],
+    "dequantize": method("dequantize", grad=False),
     "to": [
         Sample(lambda d, x: x.to(torch.float64), dtypes=FP32),
         Sample(lambda d, x: x.to("cpu", torch.float16, copy=True), dtypes=FP32, grad=False),
@@ -103,7 +106,9 @@ SAMPLES = {
     "bernoulli": [Sample(lambda d, x: torch.bernoulli(x) > 1, ("unit",), dtypes=FP32, grad=False)],
     "poisson": [Sample(lambda d, x: torch.poisson(x) < 0, ("positive",), dtypes=FP32, grad=False)],
     "binomial": [
-        Sample(lambda d, x, p: torch.binomial(x, p) < 0, ("positive", "unit"), dtypes=FP32, grad=False),
+        Sample(
+            lambda d, x, p: torch.binomial(x.round(), p) < 0, ("positive", "unit"), dtypes=FP32, grad=False, isolated=False
+        ),
     ],
     "multinomial": [
         Sample(lambda d, x: torch.multinomial(x, 2) < 0, ("unit",), ("sequences", "single", "equal"), FP32, grad=False),
@@ -170,9 +175,9 @@ SAMPLES = {
     "fake_quantize_per_channel_affine": [
         Sample(
             lambda d, x: torch.fake_quantize_per_channel_affine(
-                x, torch.full((4,), 0.1), torch.zeros(4, dtype=torch.int32), d(-1), 0, 255
+                x, torch.full((4,), 0.1), torch.zeros(4, dtype=torch.int32), d(1), 0, 255
             ),
-            layouts=("sequences", "batch_second", "two_ragged"),
+            layouts=("sequences", "batch_second"),
             dtypes=FP32,
             grad=False,
         )

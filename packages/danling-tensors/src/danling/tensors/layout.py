@@ -172,8 +172,10 @@ class Layout:
         "static_dims",
         "permutation",
         "shape",
+        "last_static",
         "_sizes",
         "_derived",
+        "_equal",
         "__weakref__",
     )
 
@@ -185,6 +187,10 @@ class Layout:
     batch_first: bool
     rank: int
     shape: torch.Size
+    last_static: bool
+    _sizes: Tensor | None
+    _derived: dict[Any, Any]
+    _equal: Any
 
     def __init__(
         self,
@@ -219,7 +225,9 @@ class Layout:
         else:
             init(self, "shape", torch.Size((element[0], batch, *element[1:])))
         init(self, "_sizes", None)
+        init(self, "last_static", rank > 0 and rank - 1 not in ragged_dims)
         init(self, "_derived", {})
+        init(self, "_equal", None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Layout is immutable; use replace({name}=...) to get a new one")
@@ -379,16 +387,19 @@ class Layout:
         return Layout(Segments(sizes, table), ragged_dims, tuple(static_sizes), batch_first)
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
+        if self is other or self._equal is other:
             return True
         if not isinstance(other, Layout):
             return NotImplemented
-        return (
+        equal = (
             self.ragged_dims == other.ragged_dims
             and self.static_sizes == other.static_sizes
             and self.batch_first == other.batch_first
             and self.segments == other.segments
         )
+        if equal:  # the pair is likely to meet again
+            object.__setattr__(self, "_equal", other)
+        return equal
 
     def __hash__(self) -> int:
         return hash((self.ragged_dims, self.static_sizes, self.batch_first, self.segments))

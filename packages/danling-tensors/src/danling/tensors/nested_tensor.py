@@ -11,6 +11,7 @@ from torch._C import DisableTorchFunctionSubclass as _PlainTensors
 
 from danling.tensors import kernels
 from danling.tensors.autograd import Autograd
+from danling.tensors.constructors import Constructors
 from danling.tensors.layout import Layout
 from danling.tensors.ops.table import TABLE, call_with_out, resolve
 from danling.tensors.serialization import Serialization
@@ -237,7 +238,7 @@ def shape_element(rows: Tensor, layout: Layout, i: int) -> Tensor:
     return out.permute(inverse) if inverse != list(range(layout.rank)) else out
 
 
-class NestedTensor(Autograd, Serialization, torch.Tensor):
+class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):
     """A batch of tensors of one rank and different sizes, stored packed: no padding, exact gradients.
 
     `.shape` is the padded shape `(B, *element)`; dims given to torch functions mean what they mean on that shape, and

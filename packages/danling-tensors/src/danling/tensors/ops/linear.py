@@ -21,14 +21,16 @@ def last_is_static(x: NestedTensor) -> bool:
 
 @register("linear algebra", "linear")
 def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not isinstance(input, NestedTensor):
-        raise ValueError("linear takes NestedTensors as input only; weight and bias must be dense")
+    if not isinstance(input, NestedTensor) or isinstance(weight, NestedTensor):
+        raise ValueError("linear takes a NestedTensor as input only; weight and bias must be dense")
     layout = input._layout
-    weight = values_of(weight) if isinstance(weight, NestedTensor) else weight
-    if layout.rank - 1 in layout.ragged_dims or layout.rank == 0:
+    if not layout.last_static:
         raise ValueError(f"linear works on the last dim, which is ragged here (ragged_dims={layout.ragged_dims})")
     out = func(values_of(input), weight, bias)
-    return wrap(out, layout.with_static((*layout.static_sizes[:-1], *out.shape[out.dim() - 1 :])), input._flags)
+    static = layout.static_sizes
+    if weight.dim() != 2 or weight.shape[0] != static[-1]:
+        layout = layout.with_static((*static[:-1], *weight.shape[:-1]))
+    return wrap(out, layout, input._flags)
 
 
 @register("linear algebra", "bilinear")

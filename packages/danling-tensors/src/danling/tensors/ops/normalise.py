@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from danling.tensors import kernels
-from danling.tensors.nested_tensor import NestedTensor, values_of
+from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
 from danling.tensors.ops.base import batch_error, like, names
 from danling.tensors.ops.groups import group_rows
 from danling.tensors.ops.table import register
@@ -87,12 +87,12 @@ def trailing_static(x: NestedTensor, normalized_shape: Any, name: str) -> None:
 @register("norm layers", "layer_norm", "native_layer_norm")
 def layer_norm(func: Any, input: NestedTensor, normalized_shape: Any, *args: Any, **kwargs: Any) -> Any:
     layout = input._layout
-    if layout.rank - 1 in layout.ragged_dims or len(normalized_shape) > 1:
+    if len(normalized_shape) > 1 or not layout.last_static:
         trailing_static(input, normalized_shape, "layer_norm")
-    if func is _f_layer_norm:
-        out = _layer_norm(values_of(input), normalized_shape, *args, **kwargs)
-        return like(input, out)
-    out = func(values_of(input), normalized_shape, *args, **kwargs)
+    values = values_of(input)
+    if func is _f_layer_norm:  # straight to what it calls
+        return wrap(torch.layer_norm(values, normalized_shape, *_layer_norm(*args, **kwargs)), layout, input._flags)
+    out = func(values, normalized_shape, *args, **kwargs)
     if isinstance(out, tuple):
         return like(input, out[0]), *(like(input, o, layout.with_static(tuple(o.shape[1:]))) for o in out[1:])
     return like(input, out)
@@ -101,8 +101,8 @@ def layer_norm(func: Any, input: NestedTensor, normalized_shape: Any, *args: Any
 _f_layer_norm = torch.nn.functional.layer_norm
 
 
-def _layer_norm(values: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    return torch.layer_norm(values, shape, weight, bias, eps)
+def _layer_norm(weight: Any = None, bias: Any = None, eps: float = 1e-5) -> tuple[Any, Any, float]:
+    return weight, bias, eps
 
 
 @register("norm layers", "rms_norm")

@@ -18,25 +18,34 @@ _NUMBERS = (int, float, bool, complex)
 def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run `func` on aligned values; in-place forms, `inplace=True` and `out=` included."""
     x = args[0] if args else None
+    if not isinstance(x, NestedTensor):
+        return _general(func, args, kwargs)
+    layout = x._layout
     count = len(args)
-    if isinstance(x, NestedTensor) and not kwargs:
-        if count == 1:
-            values = values_of(x)
-            out = func(values)
-        elif count == 2 and type(args[1]) in _NUMBERS:
-            values = values_of(x)
-            out = func(values, args[1])
-        elif count == 2 and isinstance(args[1], NestedTensor) and args[1]._layout is x._layout:
-            values = values_of(x)
-            out = func(values, values_of(args[1]))
-        else:
+    if kwargs:
+        for other in kwargs.values():
+            if isinstance(other, (Tensor, tuple, list)):
+                return _general(func, args, kwargs)
+        if count > 2:
             return _general(func, args, kwargs)
-        if out is values:
-            return x
-        if type(out) is Tensor:
-            return wrap(out, x._layout, x._flags)
-        return rewrap(out, x._layout, x._flags)
-    return _general(func, args, kwargs)
+    if count == 1:
+        values = values_of(x)
+        out = func(values, **kwargs) if kwargs else func(values)
+    elif count == 2:
+        other = args[1]
+        if type(other) not in _NUMBERS:
+            if not isinstance(other, NestedTensor) or (other._layout is not layout and other._layout != layout):
+                return _general(func, args, kwargs)
+            other = values_of(other)
+        values = values_of(x)
+        out = func(values, other, **kwargs) if kwargs else func(values, other)
+    else:
+        return _general(func, args, kwargs)
+    if out is values:
+        return x
+    if type(out) is Tensor:
+        return wrap(out, layout, x._flags)
+    return rewrap(out, layout, x._flags)
 
 
 def rewrap(out: Any, layout: Layout, flags: Any) -> Any:
