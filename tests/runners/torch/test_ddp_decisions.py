@@ -100,7 +100,8 @@ def uneven(counts):
             super().__init__(config)
             self.datasets.clear()
             count = counts[self.rank]
-            self.dataloaders.train = (lambda b: b)([[torch.ones(2, 4) * (i + self.rank), torch.tensor([0, 1]), torch.zeros(2)] for i in range(count)])
+            batch = lambda i: [torch.ones(2, 4) * (i + self.rank), torch.tensor([0, 1]), torch.zeros(2)]
+            self.dataloaders.train = [batch(i) for i in range(count)]
     return Uneven
 
 @scenario

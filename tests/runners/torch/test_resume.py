@@ -1,7 +1,9 @@
 """A run that was stopped and resumed is the run that was never stopped, bit for bit."""
 
 import pytest
+import torch
 
+from danling.runners import ResumeError
 from support.tiny import Tiny, final_state, tiny_config
 
 VARIANTS = {
@@ -104,3 +106,92 @@ def test_without_auto_resume_an_earlier_run_is_set_aside(tmp_path):
     kept = [path for path in directory.parent.iterdir() if path != directory]
     assert len(kept) == 1 and kept[0].name.startswith(directory.name + ".")
     assert (kept[0] / "checkpoints" / "epoch-1" / "manifest.json").exists()
+
+
+class WithMore(Tiny):
+    """Keeps something of its own in checkpoints, and counts in a callback."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mine = torch.zeros(2)
+        self.counter = Counter()
+        self.callbacks.append(self.counter)
+
+    def state_dict(self):
+        return {**super().state_dict(), "mine": self.mine + self.global_step}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.mine = state["mine"]
+
+
+class Counter:
+    steps = 0
+
+    def on_step(self, runner, event):
+        self.steps += 1
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def test_what_the_user_adds_travels_along(tmp_path):
+    with WithMore(tiny_config(tmp_path, epochs=1)) as runner:
+        runner.train()
+    with WithMore(tiny_config(tmp_path, epochs=2, auto_resume=True)) as runner:
+        assert runner.mine.tolist() == [6.0, 6.0] and runner.counter.steps == 6
+        runner.train()
+        assert runner.counter.steps == 12
+
+
+def test_components_can_be_left_out(tmp_path):
+    with Tiny(tiny_config(tmp_path, epochs=1)) as runner:
+        runner.train()
+    leave = {"checkpoint__exclude_from_loading": ["optimizer", "model.0.*"]}
+    with Tiny(tiny_config(tmp_path, epochs=2, auto_resume=True, **leave)) as again:
+        assert not again.optimizer.state and again.global_step == 6
+        assert not torch.equal(again.model[0].weight, runner.model[0].weight)
+        assert torch.equal(again.model[3].weight, runner.model[3].weight)
+    with pytest.raises(ResumeError, match="'modle.\\*' matches no parameter; the components are optimizer"):
+        Tiny(tiny_config(tmp_path, epochs=2, auto_resume=True, checkpoint__exclude_from_loading=["modle.*"]))
+
+
+def test_full_state_from_a_mapping_in_memory(tmp_path):
+    with Tiny(tiny_config(tmp_path, epochs=2)) as runner:
+        runner.train()
+        payload = runner.read_checkpoint("latest")
+    with Tiny(tiny_config(tmp_path / "other", epochs=2)) as other:
+        other.load_checkpoint(payload)
+        assert other.results.rows() == runner.results.rows()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_and_iterable_data_resume_in_the_middle(tmp_path, workers):
+    options = {"tiny__augment": True, "epochs": 2, "dataloader__num_workers": workers}
+    expected, losses, seen = straight(tmp_path, **options)
+    config = tiny_config(tmp_path / "stopped", auto_resume=True, **options)
+    got = []
+    for update in (4, None):
+        with Tiny(config) as runner:
+            if update:
+                stop_after(runner, update)
+            runner.train()
+            got += runner.losses
+    assert got == losses and final_state(runner) == expected
+
+
+def test_a_checkpoint_holds_the_weights_of_its_step(tmp_path):
+    weights = {}
+    with Tiny(tiny_config(tmp_path, checkpoint__interval="1 steps")) as runner:
+
+        @runner.on("step")
+        def remember(runner, event):
+            weights[event.global_step] = runner.model[0].weight.detach().clone()
+
+        runner.train()
+        for info in runner.checkpoint_manager.list():
+            saved = runner.read_checkpoint(info.path)["model"]["0.weight"]
+            assert torch.equal(saved, weights[info.manifest["global_step"]])

@@ -266,7 +266,7 @@ class Persistence(_Host):
         payload = self.read_checkpoint(src)
         self._check_resumable(payload)
         excluded = self._excluded()
-        self.load_state_dict(payload["record"])
+        self.load_state_dict({**payload["record"], **(payload.get("own") or {})})
         self.load_model(payload["model"])
         for name in ("ema", "optimizer", "scheduler", "grad_scaler", "dataloaders", "rng"):
             if name in excluded or not self._has_component(name):
