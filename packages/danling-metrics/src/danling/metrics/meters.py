@@ -91,7 +91,7 @@ class AverageMeter(Readable):
             self._take_shape(())
         value = float(value)
         if isinstance(n, Tensor):
-            self._add_tensor(torch.tensor(value, dtype=torch.float64, device=_float64_device(n.device)), n)
+            self._add_tensor(torch.full((), value, dtype=_float64(n.device), device=n.device), n)
             return
         n = _weight(n)
         if n:
@@ -660,10 +660,6 @@ def _weight(n: Any) -> float:
 
 def _float64(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _float64_device(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

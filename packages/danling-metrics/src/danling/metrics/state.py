@@ -333,7 +333,8 @@ def drop_invalid(spec: Spec, rows: Rows, view: View) -> tuple[Tensor, Tensor]:
     """
     scores, targets, mask = rows[:3]
     keep = mask
-    if view.ignore_index is not None and not (targets.dtype.is_floating_point and spec.task == "regression"):
+    # A float of that value is data, unless it stands for a class.
+    if view.ignore_index is not None and (spec.elementwise or not targets.dtype.is_floating_point):
         kept = targets != view.ignore_index
         keep = kept if keep is None else keep & kept
     if view.ignore_nan and targets.dtype.is_floating_point:

@@ -60,14 +60,10 @@ class Store:
         readings = [self.from_logits] if isinstance(self.from_logits, bool) else [False, True]
         return [(piece, reading) for reading in readings]
 
-    @property
-    def block(self) -> int:
-        """Number of rows that may wait to be folded in."""
-        return max(1, min(BLOCK, _BLOCK_ELEMENTS // (self.spec.width or 1)))
-
     def clear(self) -> None:
         """Forget everything."""
-        self.buffer = RowBuffer(None if self.keep else self.block, self.device)
+        self.buffer = RowBuffer(None, self.device)
+        self.block = BLOCK  # rows that may wait to be folded in
         self.sums: Sums = {}  # of rows that were folded in
         self.last_direct: Sums = {}  # what the last update added to pieces that are not made of rows
         self.last = (0, 0)  # the last update, as a range of the buffer
@@ -106,6 +102,9 @@ class Store:
             buffer.append(rows)
             self.last = (buffer.size - count, buffer.size)
         elif self.folded:
+            if buffer.scores is None:
+                self.block = max(1, min(BLOCK, _BLOCK_ELEMENTS // max(1, rows.scores[0].numel())))
+                buffer.capacity = self.block
             if buffer.size + count > self.block:
                 self.fold()
                 buffer.size = self.start = 0
@@ -344,6 +343,7 @@ class Store:
             "last": list(position),
             "large": None if self.large is None else _saved(self.large),
             "start": self.start,
+            "block": self.block,
             "sums": {_name(key): value.clone() for key, value in self.sums.items()},
             "last_direct": {_name(key): value.clone() for key, value in self.last_direct.items()},
         }
@@ -351,6 +351,9 @@ class Store:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.clear()
+        self.block = state["block"]
+        if not self.keep:
+            self.buffer.capacity = self.block
         if state["rows"] is not None:
             rows = _loaded(state["rows"])
             self.buffer.append(rows if self.device is None else _moved(rows, self.device))
