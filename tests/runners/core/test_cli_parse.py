@@ -211,8 +211,8 @@ def test_refused(text, words, capsys):
 
 
 def test_every_problem_of_the_words_is_reported_at_once(capsys):
-    message = refused("x --epochs three --lr 3 --optim.lr fast", capsys)
-    assert message.startswith("4 problems") and len(message.splitlines()) == 5
+    message = refused("x --epochs three --lr 3 --optim.lr fast --optin.lr 3 --ema.decai 0.9", capsys)
+    assert message.startswith("6 problems") and len(message.splitlines()) == 7
 
 
 def test_an_older_name_on_the_command_line(capsys):

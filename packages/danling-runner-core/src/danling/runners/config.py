@@ -287,7 +287,7 @@ class RunnerConfig(Config, metaclass=_Meta):
                 self._take(read_mapping(file))
             problems = line.problems + self._apply(line)
             if problems:
-                raise ConfigError(joined(problems))
+                raise ConfigError(joined([*dict.fromkeys(problems + self._check())]))
             return self.boot()
         except UsageError:
             raise
