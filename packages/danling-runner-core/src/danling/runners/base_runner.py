@@ -19,6 +19,7 @@ from .coordinator import Coordinator
 from .crash import crash_point
 from .discovery import check_engine
 from .errors import ConfigError
+from .errors import ConfigError
 from .events import Events
 from .heartbeat import Heartbeat
 from .loop import Loop
@@ -162,6 +163,17 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
         Raises:
             ConfigError: naming the key.
         """
+        config = self.config
+        problems = [
+            f"parallel.axes.{name}: stack {self.stack!r} does not know this axis; `stack: parallel` does"
+            for name, size in config.parallel.axes.items()
+            if size != 1 and name not in self.axes
+        ]
+        for name in ("deepspeed", "accelerate"):
+            if config.get(name) is not None and self.stack != name:
+                problems.append(f"{name}: this section belongs to `stack: {name}`, and the stack is {self.stack!r}")
+        if problems:
+            raise ConfigError("\n".join(problems))
         if problems := unsupported(self.config, self.stack or type(self).__name__, self.axes, self.features):
             raise ConfigError("\n  ".join(problems))
 
@@ -257,7 +269,13 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
         return self._store
 
     def init_fault_tolerance(self) -> None:
-        """Leave `ft` None; engines with replica groups bind their manager here."""
+        """Leave `ft` None; engines with replica groups bind their manager here.
+
+        Raises:
+            ConfigError: `ft.enabled` on an engine without them.
+        """
+        if self.config.ft.enabled:
+            raise ConfigError(f"ft.enabled: stack {self.stack!r} has no replica groups")
 
     def init_garbage_collection(self) -> None:
         """Take over garbage collection when `gc.interval` is set."""

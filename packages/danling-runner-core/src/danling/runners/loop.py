@@ -228,6 +228,7 @@ class Loop:
         """Save what stands and end the loop."""
         self.ending = "stop"
         self.runner.emit("stop", **self.runner.stop_request())
+        self.runner.prepare_for_shutdown_checkpoint()
         self.runner.save_checkpoint()
 
     def _row_index(self, epoch_ended: bool) -> int:

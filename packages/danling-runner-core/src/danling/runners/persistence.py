@@ -186,6 +186,7 @@ class Persistence(_Host):
             "stack": self.stack,
             "axes": {},
             "world_size": self.world_size,
+            "batch_size_equivalent": self.batch_size_equivalent,
             "global_step": state.global_step,
             "micro_step": state.micro_step,
             "epoch": state.epoch,
@@ -302,6 +303,9 @@ class Persistence(_Host):
                 f"{where} was written by stack {stack!r} and this run uses {self.stack!r}; "
                 "its weights can be taken over with `pretrained`"
             )
+        before, now = manifest.get("batch_size_equivalent"), self.batch_size_equivalent
+        if before is not None and now is not None and before != now:
+            self.logger.warning("an update now takes %d samples; the checkpoint was trained with %d", now, before)
         config = payload["record"]["runner"]
         theirs = identity_view(config, self.config.excluded())
         different = differences(self.config.identity(), theirs)
