@@ -270,3 +270,18 @@ def autograd_grad(func: Any, outputs: Any, inputs: Any, grad_outputs: Any = None
     with _PlainTensors():
         found = func(ys, [root_of(x) for x in inputs], grads, *args, **kwargs)
     return tuple(x._wrap_grad(g) if isinstance(x, Autograd) else g for x, g in zip(inputs, found))
+
+
+def autograd_backward(func: Any, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+    """`torch.autograd.backward` with NestedTensors among outputs, gradients and inputs."""
+    from danling.tensors.nested_tensor import values_of
+
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if grad_tensors is None or isinstance(grad_tensors, Tensor):
+        grad_tensors = [grad_tensors] * len(tensors)
+    grads = [packed_grad(y, g) if isinstance(y, Autograd) else g for y, g in zip(tensors, grad_tensors)]
+    inputs = kwargs.get("inputs")
+    if inputs is not None:
+        kwargs["inputs"] = [root_of(x) for x in ([inputs] if isinstance(inputs, Tensor) else inputs)]
+    with _PlainTensors():
+        func([values_of(y) if isinstance(y, Autograd) else y for y in tensors], grads, *args, **kwargs)  # type: ignore[arg-type]

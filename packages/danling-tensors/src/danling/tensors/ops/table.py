@@ -37,6 +37,9 @@ RULES: dict[str, Rule] = {}
 TABLE: dict[Any, Callable[..., Any]] = {}
 """Functions seen so far, bound to their rule; filled by `resolve` on first use."""
 
+PREFIXES: dict[str, Callable[..., Any]] = {}
+"""Rules for whole families of torch's private functions, by the start of their name."""
+
 ALIASES = {
     "absolute": "abs",
     "arccos": "acos",
@@ -243,6 +246,9 @@ def resolve(func: Any) -> Callable[..., Any]:
         if rule is not None:
             bound = _guarded(rule, func) if rule.path in ("per element", "padded") else partial(rule.call, func)
             break
+    if bound is None:
+        name = getattr(func, "__name__", "")
+        bound = next((partial(rule, func) for prefix, rule in PREFIXES.items() if name.startswith(prefix)), None)
     if bound is None:
         bound = member(func) or partial(per_element, func)
     TABLE[func] = bound
