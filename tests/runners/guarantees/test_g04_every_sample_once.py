@@ -100,6 +100,14 @@ def test_augmentation_in_workers_survives_a_resume(tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
+@SLOW
+def test_persistent_workers_and_deep_prefetch_lose_nothing(tmp_path):
+    overrides = {"tiny__augment": True, "epochs": 3, "dataloader__num_workers": 2}
+    deep = {"dataloader__persistent_workers": True, "dataloader__prefetch_factor": 4}
+    expected, _ = interrupted(tmp_path / "straight", (), **overrides)
+    assert interrupted(tmp_path / "deep", (1, 6, 8, 13), [deep] * 5, **overrides)[0] == expected
+
+
 class Stream(IterableDataset):
     """The points of a dataset one after another, with noise; its position is its state."""
 
@@ -171,13 +179,13 @@ def test_iterable_data_read_by_other_workers_says_so(tmp_path):
 RANKS = """
 import json, sys
 sys.path.insert(0, {tests!r})
-from runners.guarantees.test_g04_every_sample_once import Recorder, _stop_at
+from runners.guarantees import test_g04_every_sample_once as module
 from support.tiny import tiny_config
 
-root, stop, overrides = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-with Recorder(tiny_config(root, auto_resume=True, **overrides)) as runner:
+root, stop, overrides, cls = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
+with getattr(module, cls)(tiny_config(root, auto_resume=True, **overrides)) as runner:
     if stop:
-        runner.on("step", _stop_at(stop))
+        runner.on("step", module._stop_at(stop))
     runner.train()
     out = dict(batches=runner.batches, evaluated=runner.evaluated, seen=runner.train_state.samples)
     open(f"{{root}}/{{stop}}-{{runner.rank}}.json", "w").write(json.dumps(out))
@@ -193,7 +201,7 @@ def test_another_world_size_takes_over_in_the_middle_of_an_epoch(tmp_path, reque
     stops = [*range(2, 2 * len(sizes), 2), 0]
     batches, evaluations = [], []
     for ranks, stop in zip(sizes, stops, strict=True):
-        run_ranks(script, ranks, [str(tmp_path), str(stop), json.dumps(overrides)])
+        run_ranks(script, ranks, [str(tmp_path), str(stop), json.dumps(overrides), "Recorder"])
         outputs = [json.loads((tmp_path / f"{stop}-{rank}.json").read_text()) for rank in range(ranks)]
         batches += [tuple(batch) for output in outputs for batch in output["batches"]]
         evaluations += [
@@ -206,3 +214,20 @@ def test_another_world_size_takes_over_in_the_middle_of_an_epoch(tmp_path, reque
         assert max(Counter(epoch).values()) == 1
         assert len(epoch) == 51 if not drop_last else 51 - len(epoch) < 4 * max(sizes)
     assert evaluations == [list(range(21))] * len(evaluations) and len(evaluations) == 2
+
+
+@SLOW
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_divided_over_ranks_by_stride(tmp_path, request, workers):
+    """51 items over two ranks, 26 and 25, stopped in the middle of each epoch."""
+    overrides = {
+        "tiny__count": 51, "epochs": 2, "dataloader__drop_last": False, "dataloader__batch_size": 4,
+        "dataloader__shard": "stride", "dataloader__num_workers": workers,
+    }  # fmt: skip
+    script = RANKS.format(tests=str(request.config.rootpath / "tests"))
+    batches = []
+    for stop in (3, 9, 0):
+        run_ranks(script, 2, [str(tmp_path), str(stop), json.dumps(overrides), "Streamed"])
+        for rank in range(2):
+            batches += json.loads((tmp_path / f"{stop}-{rank}.json").read_text())["batches"]
+    assert [sorted(epoch) for epoch in by_epoch(batches)] == [list(range(51))] * 2
