@@ -27,7 +27,9 @@ def test_items_of_every_kind():
 def test_structure_and_fields():
     x = NestedTensor(A, B)
     assert x.ragged_dims == (0,) and len(x) == 2 and x.numel() == 8 and x.nbytes == 32
-    assert x._offsets.tolist() == [0, 3, 4] and x._permutation == (0, 1) and x._physical_shape.tolist() == [[3, 2], [1, 2]]
+    assert (
+        x._offsets.tolist() == [0, 3, 4] and x._permutation == (0, 1) and x._physical_shape.tolist() == [[3, 2], [1, 2]]
+    )
     assert x.lengths.tolist() == [3, 1] and x.occupancy == 8 / 12
     assert x.size() == (2, 3, 2) and x.size(1) == 3 and x.dim() == x.ndim == 3 and x.stride() == (6, 2, 1)
     assert isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_nested is False

@@ -50,9 +50,7 @@ def encoder(norm_first=False, activation="relu"):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("train", [True, False])
 def test_encoder(lengths, train):
-    compare(
-        encoder().train(train), lambda m, p, k: m(p, src_key_padding_mask=k), lambda m, x: m(x), elements(lengths)
-    )
+    compare(encoder().train(train), lambda m, p, k: m(p, src_key_padding_mask=k), lambda m, x: m(x), elements(lengths))
 
 
 @pytest.mark.parametrize(("norm_first", "activation"), [(True, "relu"), (False, "gelu"), (True, "gelu")])
@@ -108,9 +106,7 @@ def test_decoder_with_nested_and_dense_memory():
     )
     module.zero_grad()
     dense = torch.randn(3, 4, 16)
-    compare(
-        module, lambda m, p, k: m(p, dense, tgt_key_padding_mask=k), lambda m, x: m(x, dense), elements([5, 2, 7])
-    )
+    compare(module, lambda m, p, k: m(p, dense, tgt_key_padding_mask=k), lambda m, x: m(x, dense), elements([5, 2, 7]))
 
 
 def test_transformer():

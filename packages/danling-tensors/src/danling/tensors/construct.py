@@ -184,7 +184,16 @@ def _finish(
 
 
 def _settings(ctor: dict[str, Any]) -> dict[str, Any]:
-    known = ("dtype", "device", "requires_grad", "pin_memory", "batch_first", "padding_value", "mask_value", "ragged_dims")
+    known = (
+        "dtype",
+        "device",
+        "requires_grad",
+        "pin_memory",
+        "batch_first",
+        "padding_value",
+        "mask_value",
+        "ragged_dims",
+    )
     for name in ctor:
         if name not in known:
             raise TypeError(f"unknown keyword {name!r}; the constructor knows {', '.join(known)}")
@@ -375,7 +384,9 @@ def from_concatenated(concat: Tensor, shapes: Sequence[Sequence[int]], **ctor: A
             raise ValueError(f"there are no shapes but {concat.numel()} values")
         ragged = tuple(given or ())
         static = tuple(concat.shape[1:])
-        layout = Layout(Segments(torch.empty(0, len(ragged), dtype=torch.int64)), ragged, static, settings["batch_first"])
+        layout = Layout(
+            Segments(torch.empty(0, len(ragged), dtype=torch.int64)), ragged, static, settings["batch_first"]
+        )
         return _finish(concat, layout, settings["flags"], **settings["finish"])
     rank = len(sizes[0])
     for i, shape in enumerate(sizes):
@@ -464,5 +475,3 @@ def nested_like(x: NestedTensor, tensor: Tensor, strict: bool = True) -> NestedT
     for d, size in zip(kept.static_dims, static):
         tensor = tensor.narrow(kept.shape_dim(d), 0, size)
     return wrap(to_packed(tensor, kept), kept, x._flags)
-
-

@@ -305,7 +305,9 @@ class Layout:
         """
         ndim = self.rank + 1
         if not -ndim <= dim < ndim:
-            raise IndexError(f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], but got {dim})")
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], but got {dim})"
+            )
         if dim < 0:
             dim += ndim
         if self.batch_first or self.rank == 0:

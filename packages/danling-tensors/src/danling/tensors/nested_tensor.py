@@ -300,7 +300,9 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):
     ) -> NestedTensor:
         from danling.tensors.construct import build
 
-        return build(tensors, dtype, device, requires_grad, pin_memory, batch_first, padding_value, mask_value, ragged_dims)
+        return build(
+            tensors, dtype, device, requires_grad, pin_memory, batch_first, padding_value, mask_value, ragged_dims
+        )
 
     def __init__(self, *tensors: Any, **settings: Any) -> None:
         # Everything is done in __new__; torch.Tensor.__init__ takes no arguments.

@@ -36,7 +36,9 @@ def scaled_dot_product_attention(
     check_batch(q, k, v)
     q_rows, k_rows, v_rows = values_of(q), values_of(k), values_of(v)
     mask = mask_reader(attn_mask, q, k) if attn_mask is not None else None
-    out = attend(q_rows, k_rows, v_rows, q._layout.segments, k._layout.segments, mask, dropout_p, is_causal, scale, enable_gqa)
+    out = attend(
+        q_rows, k_rows, v_rows, q._layout.segments, k._layout.segments, mask, dropout_p, is_causal, scale, enable_gqa
+    )
     if not isinstance(query, NestedTensor):
         dense = out.reshape(query.shape[0], query.shape[-2], *out.shape[1:])
         return dense.movedim(1, -2)
@@ -167,8 +169,10 @@ def attend(
         seen = None if mask is None else mask(members, n, m)
         if extra is not None:
             more = extra[0].shape[0]
-            ks, vs = (torch.cat([x, _sequence(e, 1, more).expand(count, *x.shape[1:-2], -1, -1)], -2)
-                      for x, e in zip((ks, vs), extra))
+            ks, vs = (
+                torch.cat([x, _sequence(e, 1, more).expand(count, *x.shape[1:-2], -1, -1)], -2)
+                for x, e in zip((ks, vs), extra)
+            )
             if seen is not None:
                 seen = F.pad(seen.expand(*seen.shape[:-1], m), (0, more), value=seen.dtype == torch.bool)
         try:

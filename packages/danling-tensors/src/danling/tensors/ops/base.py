@@ -12,7 +12,17 @@ from torch import Tensor
 from danling.tensors.layout import Layout
 from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
 
-__all__ = ["NestedTensor", "at_element", "batch_error", "elements_of", "first_nested", "like", "names", "values_of", "wrap"]
+__all__ = [
+    "NestedTensor",
+    "at_element",
+    "batch_error",
+    "elements_of",
+    "first_nested",
+    "like",
+    "names",
+    "values_of",
+    "wrap",
+]
 
 
 def like(x: NestedTensor, values: Tensor, layout: Layout | None = None) -> NestedTensor:
@@ -72,9 +82,13 @@ def same_batch(func: Any, *xs: NestedTensor) -> None:
     first = xs[0]._layout
     for x in xs[1:]:
         if x._layout.batch_size != first.batch_size:
-            raise ValueError(f"{names(func)} got NestedTensors of batch size {first.batch_size} and {x._layout.batch_size}")
+            raise ValueError(
+                f"{names(func)} got NestedTensors of batch size {first.batch_size} and {x._layout.batch_size}"
+            )
         if x._layout.batch_first != first.batch_first and first.rank and x._layout.rank:
-            raise ValueError(f"{names(func)} got batch_first=True and batch_first=False; use transpose(0, 1) on one of them")
+            raise ValueError(
+                f"{names(func)} got batch_first=True and batch_first=False; use transpose(0, 1) on one of them"
+            )
 
 
 def stack_of(values: list[Tensor]) -> Tensor:

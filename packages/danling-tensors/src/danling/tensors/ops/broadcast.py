@@ -62,8 +62,10 @@ def common_layout(nested: list[NestedTensor], name: str) -> Layout:
             _fits(y._layout, x._layout, rank) for y in nested if y is not x
         ):
             static = _static_sizes(nested, rank, ragged, name)
-            return x._layout.with_dims(tuple(ragged), static) if shift == 0 else Layout(
-                x._layout.segments, tuple(ragged), static, batch_first
+            return (
+                x._layout.with_dims(tuple(ragged), static)
+                if shift == 0
+                else Layout(x._layout.segments, tuple(ragged), static, batch_first)
             )
     batch = first.batch_size
     columns = []

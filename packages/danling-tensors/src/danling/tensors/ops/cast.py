@@ -78,9 +78,7 @@ def view_as_complex(func: Any, x: NestedTensor) -> NestedTensor:
     return like(x, func(values_of(x).contiguous()), layout.with_static(layout.static_sizes[:-1]))
 
 
-@register(
-    "factory", *"zeros_like ones_like full_like empty_like rand_like randn_like randint_like".split()
-)
+@register("factory", *"zeros_like ones_like full_like empty_like rand_like randn_like randint_like".split())
 def same_structure(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> NestedTensor:
     _check_format(func, kwargs)
     kwargs.pop("memory_format", None)

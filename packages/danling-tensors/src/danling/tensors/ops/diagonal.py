@@ -29,7 +29,9 @@ def triangle(func: Any, x: NestedTensor, diagonal: int = 0) -> NestedTensor:
 
 
 @register("shape", "diagonal", "diag", "linalg_diagonal")
-def diagonal(func: Any, x: NestedTensor, offset: int = 0, dim1: int | None = None, dim2: int | None = None, **kw: Any) -> Any:
+def diagonal(
+    func: Any, x: NestedTensor, offset: int = 0, dim1: int | None = None, dim2: int | None = None, **kw: Any
+) -> Any:
     layout = x._layout
     name = names(func)
     offset = kw.get("diagonal", offset)

@@ -73,7 +73,9 @@ def _spread(layout: Any, noise: Tensor, values: Tensor) -> Tensor:
         else:
             rows = noise
         return rows.view(-1, *[1] * (values.dim() - 1))
-    rows = noise if layout.dense else kernels.segment_expand(noise, segments.on("offsets", values.device), segments.rows)
+    rows = (
+        noise if layout.dense else kernels.segment_expand(noise, segments.on("offsets", values.device), segments.rows)
+    )
     shape = [values.shape[0]] + [1] * (values.dim() - 1)
     shape[layout.values_dim(d)] = rows.shape[1]
     return rows.reshape(shape)

@@ -73,7 +73,9 @@ def _contract(xs: list[Any], terms: list[str], out: str) -> Any:
     for x, t in nested[1:]:
         same_batch(torch.einsum, first, x)
         if _batch_label(x, t) != batch:
-            raise ValueError(f"einsum: the batch is called {batch!r} in one operand and {_batch_label(x, t)!r} in another")
+            raise ValueError(
+                f"einsum: the batch is called {batch!r} in one operand and {_batch_label(x, t)!r} in another"
+            )
     ragged = {t[x._layout.shape_dim(d)] for x, t in nested for d in x._layout.ragged_dims}
     place = out.find(batch)
     if place > 1:
@@ -160,7 +162,12 @@ def _by_group(xs: list[Any], terms: list[str], out: str, batch: str, ragged: set
         else:
             cut.append((x, t))
             static.append(None)
-    where = {r: (i, t.index(r)) for i, t in enumerate(grouped_terms) for r in t if r in ragged and isinstance(grouped[i], NestedTensor)}
+    where = {
+        r: (i, t.index(r))
+        for i, t in enumerate(grouped_terms)
+        for r in t
+        if r in ragged and isinstance(grouped[i], NestedTensor)
+    }
     has_batch = batch in out
     target = out if has_batch else batch + out
     element = target.replace(batch, "")

@@ -27,7 +27,13 @@ def embedding_of(func: Any, weight: Tensor, indices: NestedTensor, *args: Any, *
 
 @register("embedding", "F.embedding_bag")
 def embedding_bag(
-    func: Any, input: Any, weight: Tensor, offsets: Any = None, *args: Any, per_sample_weights: Any = None, **kwargs: Any
+    func: Any,
+    input: Any,
+    weight: Tensor,
+    offsets: Any = None,
+    *args: Any,
+    per_sample_weights: Any = None,
+    **kwargs: Any,
 ) -> Any:
     if not isinstance(input, NestedTensor) or input._layout.rank != 1:
         raise ValueError("embedding_bag takes a NestedTensor of 1-D elements: each element is a bag")

@@ -121,7 +121,9 @@ def _of_nothing(fn: Callable[..., Any], xs: Sequence[Tensor], ragged: Any, like:
         static = tuple(element[d] for d in range(len(element)) if d not in dims)
         if not dims:
             return result.new_zeros(0, *static)
-        layout = Layout(Segments(torch.empty(0, len(dims), dtype=torch.int64)), tuple(dims), static, like._layout.batch_first)
+        layout = Layout(
+            Segments(torch.empty(0, len(dims), dtype=torch.int64)), tuple(dims), static, like._layout.batch_first
+        )
         return wrap(result.new_zeros(0, *static), layout, like._flags)
 
     if isinstance(out, (tuple, list)):

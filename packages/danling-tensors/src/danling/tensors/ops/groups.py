@@ -83,7 +83,9 @@ def _group(segments: Segments, batch: bool, ragged: tuple[int, ...]) -> Groups:
             extent = torch.full((segments.batch_size,), segments.max_sizes[j]) if batch else sizes[:, j]
             position = position * extent.index_select(0, element) + coord(j)
         if not batch and not kept:
-            return Groups(None, segments.offsets, segments.batch_size, None, (segments.batch_size,), position, segments, key)
+            return Groups(
+                None, segments.offsets, segments.batch_size, None, (segments.batch_size,), position, segments, key
+            )
         if batch:
             extents = tuple(segments.max_sizes[j] for j in kept)
             group = torch.zeros(rows, dtype=torch.int64)

@@ -73,7 +73,9 @@ def _is_mask(index: Any, layout: Layout) -> bool:
     last = layout.ragged_dims[-1] if layout.ragged_dims else -1
     wanted = tuple(layout.shape[: last + 2])
     if tuple(index.shape) != wanted and tuple(index.shape) != tuple(layout.shape):
-        raise IndexError(f"the mask has shape {tuple(index.shape)}, which is neither {wanted} nor {tuple(layout.shape)}")
+        raise IndexError(
+            f"the mask has shape {tuple(index.shape)}, which is neither {wanted} nor {tuple(layout.shape)}"
+        )
     return True
 
 
@@ -221,7 +223,9 @@ def _own_positions(x: NestedTensor, d: int, index: NestedTensor) -> NestedTensor
     """Each element's own positions along a ragged dim."""
     layout = x._layout
     if len(layout.ragged_dims) != 1 or index._layout.rank != 1 or index.dtype == torch.bool:
-        raise IndexError("a NestedTensor index needs integer elements of rank 1 and exactly one ragged dim in the tensor")
+        raise IndexError(
+            "a NestedTensor index needs integer elements of rank 1 and exactly one ragged dim in the tensor"
+        )
     if index._layout.batch_size != layout.batch_size:
         raise IndexError(f"index has batch size {index._layout.batch_size}, the tensor {layout.batch_size}")
     device = x._values.device
@@ -233,7 +237,9 @@ def _own_positions(x: NestedTensor, d: int, index: NestedTensor) -> NestedTensor
     wrong = (at < 0) | (at >= size)
     if bool(wrong.any()):
         e = int(element[wrong][0])
-        raise IndexError(f"element {e} of size {layout.segments.lengths[e]} does not have every position its index names")
+        raise IndexError(
+            f"element {e} of size {layout.segments.lengths[e]} does not have every position its index names"
+        )
     rows = layout.segments.on("offsets", device)[element] + at
     segments = mine if mine.k == 1 else Segments(index._layout.sizes)
     return like(x, values_of(x).index_select(0, rows), layout.replace(segments=segments))

@@ -41,7 +41,9 @@ def _cat_batch(first: NestedTensor, tensors: Sequence[Tensor]) -> NestedTensor:
     for t in tensors:
         if not isinstance(t, NestedTensor):
             if t.dim() != layout.rank + 1:
-                raise ValueError(f"cat: a dense operand {tuple(t.shape)} must have {layout.rank + 1} dims, elements first")
+                raise ValueError(
+                    f"cat: a dense operand {tuple(t.shape)} must have {layout.rank + 1} dims, elements first"
+                )
             from danling.tensors.ops.grouped import nested_from_dense
 
             t = nested_from_dense(t.movedim(layout.batch_dim, 0), layout.ragged_dims, first)
@@ -88,7 +90,9 @@ def _cat_ragged(first: NestedTensor, tensors: Sequence[Tensor], d: int) -> Neste
     for t in tensors:
         if not isinstance(t, NestedTensor):
             if t.dim() != layout.rank + 1 or t.shape[layout.batch_dim] != layout.batch_size:
-                raise ValueError(f"cat: a dense operand {tuple(t.shape)} does not fit a batch of shape {tuple(layout.shape)}")
+                raise ValueError(
+                    f"cat: a dense operand {tuple(t.shape)} does not fit a batch of shape {tuple(layout.shape)}"
+                )
             t = _dense_rows(t, layout, d, first)
         nested.append(t)
     ragged = tuple(sorted({r for t in nested for r in t._layout.ragged_dims}))
@@ -223,7 +227,9 @@ def split(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
         return type(pieces)(take_elements(x, p.tolist()) for p in pieces)
     if d not in layout.ragged_dims:
         v = layout.values_dim(d)
-        base = {"hsplit": torch.tensor_split, "vsplit": torch.tensor_split, "dsplit": torch.tensor_split}.get(name, func)
+        base = {"hsplit": torch.tensor_split, "vsplit": torch.tensor_split, "dsplit": torch.tensor_split}.get(
+            name, func
+        )
         pieces = base(values_of(x), size, v)
         return type(pieces)(like(x, p, layout.with_static(tuple(p.shape[1:]))) for p in pieces)
     head = (slice(None),) * (d + 1)
@@ -248,7 +254,15 @@ def split(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _split_arguments(name: str, *args: Any, **kwargs: Any) -> tuple[Any, int]:
-    keys = ("split_size_or_sections", "split_size", "split_sizes", "chunks", "indices_or_sections", "sections", "indices")
+    keys = (
+        "split_size_or_sections",
+        "split_size",
+        "split_sizes",
+        "chunks",
+        "indices_or_sections",
+        "sections",
+        "indices",
+    )
     size = args[0] if args else next(kwargs[k] for k in (*keys, "tensor_indices_or_sections") if k in kwargs)
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     if isinstance(size, Tensor):
@@ -278,5 +292,3 @@ def _even(x: NestedTensor, d: int, count: int, column: Tensor, name: str) -> tup
 @register("join", "unbind")
 def unbind(func: Any, x: NestedTensor, dim: int | None = None) -> Any:
     return x.unbind() if dim is None else x.unbind(dim)
-
-

@@ -80,9 +80,7 @@ def multi_head_attention_forward(
     lengths_q, lengths_k = q._layout.segments, k._layout.segments
     weights_out = None
     if need_weights:
-        out, weights_out = _with_weights(
-            q, k, rows_q, rows_k, rows_v, mask, dropout_p, extra, average_attn_weights
-        )
+        out, weights_out = _with_weights(q, k, rows_q, rows_k, rows_v, mask, dropout_p, extra, average_attn_weights)
     else:
         out = attend(rows_q, rows_k, rows_v, lengths_q, lengths_k, mask, dropout_p, is_causal, extra=extra)
     out = F.linear(out.flatten(-2), out_proj_weight, out_proj_bias)

@@ -33,8 +33,6 @@ def softmax_over(func: Any, x: NestedTensor, dim: int, log: bool, dtype: torch.d
     return like(x, groups.unsort(out))
 
 
-
-
 @register("normaliser", "softmax", "log_softmax", "special_softmax", "special_log_softmax")
 def softmax(func: Any, input: NestedTensor, dim: Any = None, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
     if args and isinstance(args[-1], torch.dtype):
@@ -170,7 +168,14 @@ def group_norm(func: Any, input: NestedTensor, *args: Any, **kwargs: Any) -> Any
 
 
 def _group_norm(
-    x: NestedTensor, dim: int, count: int, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    x: NestedTensor,
+    dim: int,
+    count: int,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
 ) -> NestedTensor:
     if count % num_groups:
         raise RuntimeError(f"Expected number of channels {count} to be divisible by num_groups {num_groups}")

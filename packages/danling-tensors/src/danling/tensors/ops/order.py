@@ -207,7 +207,9 @@ def quantile(
     elif interpolation == "nearest":
         place = place.round()
     elif interpolation not in ("linear", "midpoint"):
-        raise RuntimeError(f"quantile() interpolation must be one of linear, lower, higher, midpoint or nearest: {interpolation}")
+        raise RuntimeError(
+            f"quantile() interpolation must be one of linear, lower, higher, midpoint or nearest: {interpolation}"
+        )
     low = place.floor()
     weight = place - low
     if interpolation == "midpoint":

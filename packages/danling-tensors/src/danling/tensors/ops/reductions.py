@@ -89,7 +89,8 @@ class Plan:
                 others = [d for d in range(layout.rank) if d not in ragged_kept]
                 full = tuple(sizes[d] for d in others)
                 derived = layout.derive(
-                    ("keep", self.groups.key, full), lambda: Layout(segments, tuple(ragged_kept), full, layout.batch_first)
+                    ("keep", self.groups.key, full),
+                    lambda: Layout(segments, tuple(ragged_kept), full, layout.batch_first),
                 )
                 return like(self.x, out.reshape(out.shape[0], *full), derived)
             new = tuple(d - sum(r < d for r in self.reduced) for d in ragged_kept)
@@ -198,7 +199,9 @@ def _cast(x: Tensor, dtype: torch.dtype | None) -> Any:
 
 
 @register("reduction", "sum", "nansum")
-def sum_(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
+def sum_(
+    func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None
+) -> Any:
     dim = axis if dim is None else dim
     settings = {} if dtype is None else {"dtype": dtype}
 
@@ -219,7 +222,9 @@ def segment_mean(plan: Plan, values: Tensor) -> Tensor:
 
 
 @register("reduction", "mean", "nanmean")
-def mean(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
+def mean(
+    func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None
+) -> Any:
     dim = axis if dim is None else dim
     settings = {} if dtype is None else {"dtype": dtype}
     if dtype is None and not (x.dtype.is_floating_point or x.dtype.is_complex):
@@ -497,7 +502,13 @@ def norm(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _norm_arguments(
-    p: Any = None, dim: Any = None, keepdim: bool = False, *extra: Any, ord: Any = None, dtype: Any = None, out: Any = None
+    p: Any = None,
+    dim: Any = None,
+    keepdim: bool = False,
+    *extra: Any,
+    ord: Any = None,
+    dtype: Any = None,
+    out: Any = None,
 ) -> tuple[Any, Any, bool, Any]:
     return (p if ord is None else ord), dim, keepdim, dtype
 

@@ -379,7 +379,9 @@ def squeeze(func: Any, x: NestedTensor, dim: Any = None) -> NestedTensor:
         for one in [dim] if isinstance(dim, int) else dim:
             d = layout.element_dim(one)
             if d is None or d in layout.ragged_dims:
-                raise ValueError(f"squeeze: dim {one} is {'the batch' if d is None else 'ragged'} and cannot be removed")
+                raise ValueError(
+                    f"squeeze: dim {one} is {'the batch' if d is None else 'ragged'} and cannot be removed"
+                )
             if layout.static_sizes[layout.static_dims.index(d)] == 1:
                 gone.append(d)
     values = values_of(x)
@@ -427,7 +429,9 @@ def expand(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         sizes = _ints((kwargs["size"],) if "size" in kwargs else args)
     layout = x._layout
     if len(sizes) != layout.rank + 1:
-        raise ValueError(f"expand: {sizes} must name all {layout.rank + 1} dims; new dims before the batch are not possible")
+        raise ValueError(
+            f"expand: {sizes} must name all {layout.rank + 1} dims; new dims before the batch are not possible"
+        )
     target = list(layout.static_sizes)
     for dim, size in enumerate(sizes):
         d = layout.element_dim(dim)
@@ -469,7 +473,9 @@ def repeat(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> NestedTenso
     ndim = x._layout.rank + 1
     if len(counts) < ndim:
         if names(func) == "repeat":
-            raise RuntimeError("Number of dimensions of repeat dims can not be smaller than number of dimensions of tensor")
+            raise RuntimeError(
+                "Number of dimensions of repeat dims can not be smaller than number of dimensions of tensor"
+            )
         counts = [1] * (ndim - len(counts)) + counts
     if len(counts) > ndim:
         raise ValueError(f"{names(func)}: {counts} would add dims before the batch")

@@ -266,7 +266,9 @@ def _guarded(rule: Rule, func: Any) -> Callable[..., Any]:
 def call_with_out(func: Any, rule: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Serve `out=`, which pointwise ops take."""
     if not any(RULES[name].family in POINTWISE for name in candidates(func) if name in RULES):
-        raise NotImplementedError(f"{getattr(func, '__name__', func)} does not take out= on a NestedTensor; assign the result")
+        raise NotImplementedError(
+            f"{getattr(func, '__name__', func)} does not take out= on a NestedTensor; assign the result"
+        )
     return rule(*args, **kwargs)
 
 
