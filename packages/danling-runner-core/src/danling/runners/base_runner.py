@@ -19,7 +19,6 @@ from .coordinator import Coordinator
 from .crash import crash_point
 from .discovery import check_engine
 from .errors import ConfigError
-from .errors import ConfigError
 from .events import Events
 from .heartbeat import Heartbeat
 from .loop import Loop
@@ -163,17 +162,6 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
         Raises:
             ConfigError: naming the key.
         """
-        config = self.config
-        problems = [
-            f"parallel.axes.{name}: stack {self.stack!r} does not know this axis; `stack: parallel` does"
-            for name, size in config.parallel.axes.items()
-            if size != 1 and name not in self.axes
-        ]
-        for name in ("deepspeed", "accelerate"):
-            if config.get(name) is not None and self.stack != name:
-                problems.append(f"{name}: this section belongs to `stack: {name}`, and the stack is {self.stack!r}")
-        if problems:
-            raise ConfigError("\n".join(problems))
         if problems := unsupported(self.config, self.stack or type(self).__name__, self.axes, self.features):
             raise ConfigError("\n  ".join(problems))
 

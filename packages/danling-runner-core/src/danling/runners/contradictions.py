@@ -65,8 +65,12 @@ def contradictions(config: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-# What only some engines can do: key, value, the feature that an engine declares
-FEATURES = (("checkpoint.backend", "dcp", "dcp"), ("fsdp.enabled", True, "fsdp"), ("ft.enabled", True, "ft"))
+# What only some engines can do: key, value, the feature that an engine declares, the way out
+FEATURES = (
+    ("checkpoint.backend", "dcp", "dcp", "it is for sharded state; use 'file'"),
+    ("fsdp.enabled", True, "fsdp", "stack 'parallel' shards the model"),
+    ("ft.enabled", True, "ft", "it needs an engine with replica groups"),
+)
 
 
 def unsupported(config: Mapping[str, Any], stack: str, axes: Collection[str], features: Collection[str]) -> list[str]:
@@ -85,8 +89,13 @@ def unsupported(config: Mapping[str, Any], stack: str, axes: Collection[str], fe
         if degree != 1 and axis not in axes
     ]
     lines += [
-        f"{key}: {value!r} is not supported by stack {stack!r}; choose another stack, or leave it out"
-        for key, value, feature in FEATURES
+        f"{key}: {value!r} is not supported by stack {stack!r}; {way_out}"
+        for key, value, feature, way_out in FEATURES
         if find(config, key)[1] == value and feature not in features
+    ]
+    lines += [
+        f"{engine}: this section belongs to stack {engine!r}, and the stack is {stack!r}"
+        for engine in ("deepspeed", "accelerate")
+        if find(config, engine)[1] is not None and stack != engine
     ]
     return lines

@@ -9,7 +9,6 @@ import torch
 
 from danling.metrics import AverageMeters
 from danling.runners.base_runner import BaseRunner
-from danling.runners.errors import ConfigError
 
 from .building import Building
 from .distributed import Distributed
@@ -57,15 +56,6 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
         self.init_precision()
         self.init_profiler()
         self.start_clock()
-
-    def check_config(self) -> None:
-        """Refuse what one process or DistributedDataParallel cannot honour."""
-        super().check_config()
-        if self.stack == "torch":
-            if self.config.checkpoint.backend == "dcp":
-                raise ConfigError("checkpoint.backend: dcp is for sharded state, which `stack: torch` has not; use file")
-            if self.config.fsdp.enabled:
-                raise ConfigError("fsdp.enabled: `stack: torch` replicates the model; `stack: parallel` shards it")
 
     def shares_payload(self, stack: str) -> bool:
         """Whether full checkpoints of another stack can be resumed here."""
