@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import danling.metrics.functional as F
-from danling.metrics import GlobalMetrics, OnlineMetrics, StreamMetrics, multiclass_metrics, regression_metrics
+from danling.metrics import (
+    GlobalMetrics,
+    MetricFunc,
+    OnlineMetrics,
+    StreamMetrics,
+    multiclass_metrics,
+    regression_metrics,
+)
 from danling.metrics import preprocess as P
 
 T = torch.tensor
@@ -313,3 +320,27 @@ def test_plain_callables_get_the_valid_rows_as_given():
         metrics.update(T([[5.0, 1, 0], [0, 7, 0]]), T([0, -100]))
         metrics.average()
         assert seen[0][0].tolist() == [[5.0, 1.0, 0.0]] and seen[0][1].tolist() == [0]
+
+
+def test_callables_without_a_task():
+    error = {"own": lambda p, t: (p - t).abs().mean()}
+    for cls in (GlobalMetrics, StreamMetrics):
+        for shape in ((4,), (4, 3), (2, 3, 5), ()):
+            x, y = torch.rand(shape), torch.rand(shape)
+            assert average(cls(**error), x, y).own == pytest.approx((x - y).abs().mean().item()), shape
+        # A column is aligned and not broadcast against a vector; -100.0 is a number like any other.
+        assert average(cls(**error), T([[1.0], [2.0]]), T([1.0, -100.0])).own == 51.0
+        with_task = cls(F.mse(), **error)
+        assert average(with_task, T([1.0, 2.0]), T([1.0, -100.0])).own == 51.0 and with_task.avg.mse == 102.0**2 / 2
+
+
+def test_own_descriptor_of_moments():
+    class Bias(MetricFunc):
+        def __init__(self):
+            super().__init__(name="bias", moments=True, task="regression")
+
+        def __call__(self, state):
+            return -state.moments.mean_error
+
+    for cls in CONTAINERS:
+        assert average(cls(Bias()), T([1.0, 5.0]), T([0.0, -100.0])).bias == 53.0

@@ -76,13 +76,15 @@ class Chunk:
         targets = self.rows.targets
         if self.spec.task == "multiclass":
             return targets.to(torch.int64)
+        if self.spec.task is None:
+            return targets
         targets = targets[None] if targets.dim() == 1 else targets.t()
         return targets.to(self.x.dtype) if self.spec.task == "regression" else targets
 
     @property
     def mask(self) -> Tensor | None:
         mask = self.rows.mask
-        if mask is None or self.spec.task == "multiclass":
+        if mask is None or self.spec.task in ("multiclass", None):
             return mask
         return mask[None] if mask.dim() == 1 else mask.t()
 
@@ -94,7 +96,9 @@ class Chunk:
 
     def _valid(self, view: View) -> Tensor:
         t, valid = self.t, self.mask
-        if view.ignore_index is not None:
+        if self.spec.task is None and t.dim() > 1:  # rows of a shape of their own count as a whole
+            return torch.ones(self.n, dtype=torch.bool, device=self.device)
+        if view.ignore_index is not None and not (t.dtype.is_floating_point and not self.spec.elementwise):
             kept = t != view.ignore_index
             valid = kept if valid is None else valid & kept
         if view.ignore_nan and t.dtype.is_floating_point:
@@ -121,7 +125,7 @@ class Chunk:
         return self.once(("nan", view), lambda: self._nan(view))
 
     def _nan(self, view: View) -> Tensor:
-        if self.labelled:
+        if self.labelled or self.spec.task is None:
             return torch.zeros_like(self.valid(view))
         if self.spec.task == "multiclass":
             return self.valid(view) & torch.isnan(self.top[0])

@@ -13,11 +13,11 @@ from torch import Tensor
 from .errors import NonFinitePredictionWarning, UndefinedMetricWarning
 from .functional.descriptor import CallableMetric, MetricFunc, callable_name
 from .inputs import Spec
-from .meters import check_description, read_scalars
 from .readable import Readable
 from .round_dict import RoundDict
 from .state import BoundState, MetricState, Source
 from .store import Store
+from .sums import check_description, read_scalars
 from .sync import Payload
 
 NAN = float("nan")

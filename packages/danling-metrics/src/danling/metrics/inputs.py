@@ -281,10 +281,12 @@ def _align_same(spec: Spec, input: Tensor, target: Tensor, mask: Tensor | None) 
 
 def _align_freely(spec: Spec, input: Tensor, target: Tensor, mask: Tensor | None) -> Rows:
     """Align for callables that belong to no task: rows as given, flattened only where a mask demands it."""
-    if input.shape == target.shape or input.numel() == target.numel():
-        if mask is None:
-            return Rows(input, target, None, _samples(target))
+    if input.numel() == target.numel():
         input, target = _match(input, target)
+        if mask is None:
+            if target.dim() == 0:
+                input, target = input.reshape(1), target.reshape(1)
+            return Rows(input, target, None, _samples(target))
         return Rows(input.reshape(-1), target.reshape(-1), _broadcast(mask, target, "target").reshape(-1))
     if input.shape[:1] == target.shape and mask is None:
         return Rows(input, target, None, _samples(target))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,6 +12,19 @@ from torch import Tensor
 from . import sync
 from .readable import Readable
 from .round_dict import RoundDict
+from .sums import (
+    as_weight,
+    check_description,
+    copied,
+    float64_on,
+    new_zeros,
+    pack_meters,
+    ratio,
+    read_scalars,
+    to_host,
+    unpack_meters,
+    whole,
+)
 
 _NAN = float("nan")
 
@@ -91,9 +103,9 @@ class AverageMeter(Readable):
             self._take_shape(())
         value = float(value)
         if isinstance(n, Tensor):
-            self._add_tensor(torch.full((), value, dtype=_float64(n.device), device=n.device), n)
+            self._add_tensor(torch.full((), value, dtype=float64_on(n.device), device=n.device), n)
             return
-        n = _weight(n)
+        n = as_weight(n)
         if n:
             self._sum += value * n
             self._count += n
@@ -104,7 +116,7 @@ class AverageMeter(Readable):
 
     def _add_tensor(self, value: Tensor, n: Any) -> None:
         if not isinstance(n, Tensor):
-            n = _weight(n)
+            n = as_weight(n)
         if value.shape != self._shape:
             self._take_shape(tuple(value.shape))
         acc = self._acc
@@ -136,10 +148,10 @@ class AverageMeter(Readable):
         n = n.detach().to(acc.device, acc.dtype, copy=True, non_blocking=True)
         n = n.reshape(()) if n.numel() == 1 else n
         if self._weight is None or self._weight.dim() < n.dim():
-            weight = _zeros(tuple(n.shape), acc)
+            weight = new_zeros(tuple(n.shape), acc)
             self._weight = weight if self._weight is None else weight + self._weight
         if self._least is None:
-            self._least = _zeros((), acc)
+            self._least = new_zeros((), acc)
         acc.add_(torch.where(n == 0, 0.0, value * n))
         self._weight.add_(n)
         self._least.copy_(torch.minimum(self._least, n.min()))
@@ -151,12 +163,12 @@ class AverageMeter(Readable):
         acc = self._acc
         device = self.device or value.device
         if acc is None:
-            acc = self._acc = _zeros(tuple(value.shape), torch.empty(0, device=device))
+            acc = self._acc = new_zeros(tuple(value.shape), torch.empty(0, device=device))
         elif acc.device.type == "cpu" and acc.device != device:
-            acc = self._acc = _zeros(tuple(acc.shape), torch.empty(0, device=device)).add_(acc.to(device))
+            acc = self._acc = new_zeros(tuple(acc.shape), torch.empty(0, device=device)).add_(acc.to(device))
             for name in ("_weight", "_least"):
                 if (old := getattr(self, name)) is not None:
-                    setattr(self, name, _zeros(tuple(old.shape), acc).add_(old.to(device)))
+                    setattr(self, name, new_zeros(tuple(old.shape), acc).add_(old.to(device)))
         return acc
 
     def _take_shape(self, shape: tuple[int, ...]) -> None:
@@ -179,19 +191,19 @@ class AverageMeter(Readable):
     def sum(self) -> Any:
         """This rank's weighted sum: a float, or a float64 tensor."""
         total, _ = self._totals()
-        return _host(total)
+        return to_host(total)
 
     @property
     def count(self) -> Any:
         """This rank's weight so far: an int while every weight was integral."""
         self._check("average")
         _, count = self._totals()
-        return _whole(_host(count), self._integral)
+        return whole(to_host(count), self._integral)
 
     @property
     def n(self) -> Any:
         """The weight of the last update."""
-        n = _host(self._last_n)
+        n = to_host(self._last_n)
         return int(n) if isinstance(n, float) and self._integral and n.is_integer() else n
 
     def _totals(self) -> tuple[Any, Any]:
@@ -203,7 +215,7 @@ class AverageMeter(Readable):
     def _last_totals(self) -> tuple[Any, Any]:
         value, n = self._last, self._last_n
         if isinstance(value, Tensor):
-            value = value.to(_float64(value.device))
+            value = value.to(float64_on(value.device))
         if isinstance(n, Tensor):
             return torch.where(n == 0, 0.0, value * n), n
         return (value * n if n else value * 0 if isinstance(value, Tensor) else 0.0), n
@@ -212,9 +224,9 @@ class AverageMeter(Readable):
         self._check(kind)
         if kind == "value":
             last = self._last
-            return _host(last.to(_float64(last.device)) if isinstance(last, Tensor) else last)
+            return to_host(last.to(float64_on(last.device)) if isinstance(last, Tensor) else last)
         total, count = self._totals() if kind == "local_average" else self._merged[kind]
-        return _ratio(total, count)
+        return ratio(total, count)
 
     # exchange
 
@@ -244,7 +256,7 @@ class AverageMeter(Readable):
             self._exchange("average")
             if "average" in self._merged:
                 total, count = self._merged["average"]
-                return _host(total), _whole(_host(count), self._integral)
+                return to_host(total), whole(to_host(count), self._integral)
         return self.sum, self.count
 
     # saving, merging, moving
@@ -252,7 +264,7 @@ class AverageMeter(Readable):
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state as tensors and plain values; loads with `torch.load(weights_only=True)`."""
         names = ("_sum", "_count", "_acc", "_weight", "_least", "_integral", "_last", "_last_n")
-        state = {name[1:]: _copy(getattr(self, name)) for name in names}
+        state = {name[1:]: copied(getattr(self, name)) for name in names}
         shape = None if self._shape is None else list(self._shape)
         return {"version": 1, "describe": self._describe(), **state, "shape": shape}
 
@@ -264,7 +276,7 @@ class AverageMeter(Readable):
         """
         check_description(state, self._describe())
         for name in ("sum", "count", "acc", "weight", "least", "integral", "last", "last_n"):
-            value = _copy(state[name])
+            value = copied(state[name])
             if isinstance(value, Tensor) and self.device is not None:
                 value = value.to(self.device)
             setattr(self, f"_{name}", value)
@@ -291,7 +303,7 @@ class AverageMeter(Readable):
             if other._least is not None:
                 least = other._least.clone()
                 self._least = least if self._least is None else torch.minimum(self._least, least.to(self._least.device))
-            self._last, self._last_n = _copy(other._last), _copy(other._last_n)
+            self._last, self._last_n = copied(other._last), copied(other._last_n)
         self._touch()
         return self
 
@@ -479,7 +491,7 @@ class AverageMeters(Readable):
         else:
             totals = self._merged[kind]
         flat = read_scalars([x for pair in totals.values() for x in pair])
-        return RoundDict({name: _ratio(flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(totals)})
+        return RoundDict({name: ratio(flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(totals)})
 
     # exchange
 
@@ -520,7 +532,7 @@ class AverageMeters(Readable):
             totals = self._merged["average"]
         else:
             totals = {name: m._totals() for name, m in self._meters.items()}
-        return RoundDict({name: {"sum": _host(s), "count": _host(c)} for name, (s, c) in totals.items()})
+        return RoundDict({name: {"sum": to_host(s), "count": to_host(c)} for name, (s, c) in totals.items()})
 
     # saving, merging, moving
 
@@ -556,125 +568,3 @@ class AverageMeters(Readable):
         for meter in self._meters.values():
             meter.to(device)
         return self
-
-
-# helpers shared with the other containers
-
-
-def pack_meters(meters: list[AverageMeter], kind: str, device: torch.device) -> list[Tensor]:
-    """Return the tensors that carry sums and weights: kinds, all scalars together, then larger tensors."""
-    kinds, scalars, larger = [], [], []
-    for meter in meters:
-        total, count = meter._last_totals() if kind == "batch" else meter._totals()
-        if isinstance(total, Tensor) and total.dim():
-            kinds.append(1)
-            larger.append(total.to(device, torch.float64))
-            larger.append(torch.as_tensor(count, dtype=torch.float64, device=device))
-        else:
-            kinds.append(0)
-            scalars += [total, count]
-    return [torch.tensor(kinds, device=device), stack_scalars(scalars, device), *larger]
-
-
-def unpack_meters(names: list[str], parts: list[list[Tensor]]) -> list[tuple[Any, Any]]:
-    """Add up what all ranks sent, in rank order.
-
-    Raises:
-        MetricSyncError: tensors of different shapes, or tensors and scalars, under one name.
-    """
-    totals: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in names]
-    for rank, (kinds, scalars, *larger) in enumerate(parts):
-        at, rest = 0, iter(larger)
-        for entries, is_larger in zip(totals, kinds.tolist(), strict=True):
-            if is_larger:
-                entries.append((rank, next(rest), next(rest)))
-            else:
-                entries.append((rank, scalars[at], scalars[at + 1]))
-                at += 2
-    result = []
-    for name, entries in zip(names, totals, strict=True):
-        # A rank without data sends the scalar 0 with weight 0 and takes the shape of the others.
-        filled = [e for e in entries if e[1].dim() or bool(e[2] > 0) or bool(e[1] != 0)]
-        if len({tuple(e[1].shape) for e in filled}) > 1:
-            shapes = ", ".join(f"rank {rank}: {tuple(total.shape)}" for rank, total, _ in filled)
-            raise sync.MetricSyncError(f"ranks disagree: values of {name!r} have different shapes ({shapes})")
-        chosen = filled or entries[:1]
-        total, count = chosen[0][1], chosen[0][2]
-        for _, other_total, other_count in chosen[1:]:
-            total, count = total + other_total, count + other_count
-        result.append((total, count))
-    return result
-
-
-def check_description(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless a saved state has this description and a format that can be read."""
-    if state.get("version") != 1 or "describe" not in state:
-        raise ValueError("this is not a state of danling.metrics, or it was written by a newer version")
-    if sync.fingerprint(state["describe"]) != sync.fingerprint(mine):
-        raise ValueError(sync.explain([state["describe"], mine], ["the saved one", "this one"]))
-
-
-def stack_scalars(values: list[Any], device: torch.device) -> Tensor:
-    """Return numbers and 0-d tensors as one float64 tensor."""
-    dtype = _float64(device)
-    if not any(isinstance(v, Tensor) for v in values):
-        return torch.tensor(values, dtype=dtype, device=device)
-    host = torch.tensor([0.0 if isinstance(v, Tensor) else float(v) for v in values], dtype=dtype, device=device)
-    out = list(host.unbind(0))
-    for i, value in enumerate(values):
-        if isinstance(value, Tensor):
-            out[i] = value.to(device, dtype)
-    return torch.stack(out)
-
-
-def read_scalars(values: list[Any]) -> list[Any]:
-    """Return numbers for all 0-d tensors, copied to the host together, and float64 copies of larger ones."""
-    where = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.dim() == 0]
-    out = [v.to(_float64(v.device), copy=True) if isinstance(v, Tensor) and v.dim() else v for v in values]
-    if where:
-        device = values[where[0]].device
-        stacked = torch.stack([values[i].to(device, _float64(device)) for i in where])
-        for i, number in zip(where, stacked.tolist(), strict=True):
-            out[i] = number
-    return out
-
-
-def _ratio(total: Any, count: Any) -> Any:
-    if isinstance(total, Tensor) or isinstance(count, Tensor):
-        count = torch.as_tensor(count, dtype=torch.float64, device=total.device if isinstance(total, Tensor) else None)
-        return _host(torch.where(count == 0, math.nan, total / count))
-    return total / count if count else _NAN
-
-
-def _weight(n: Any) -> float:
-    if isinstance(n, bool) or not isinstance(n, numbers.Real):
-        if getattr(n, "ndim", None) == 0 and hasattr(n, "item"):
-            n = n.item()
-        elif not isinstance(n, bool):
-            raise TypeError(f"n must be a number or a tensor with one element, got {type(n).__name__}")
-    n = int(n) if isinstance(n, numbers.Integral) else float(n)
-    if not n >= 0 or n == math.inf:
-        raise ValueError(f"n must be a finite number of at least 0, got {n}")
-    return n
-
-
-def _float64(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    # Inference tensors could not be changed in place outside of inference mode.
-    with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=_float64(like.device), device=like.device)
-
-
-def _host(x: Any) -> Any:
-    return x.item() if isinstance(x, Tensor) and x.dim() == 0 else x
-
-
-def _whole(count: Any, integral: bool) -> Any:
-    return int(count) if integral and isinstance(count, float) else count
-
-
-def _copy(x: Any) -> Any:
-    return x.clone() if isinstance(x, Tensor) else x

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from . import sync
 from .containers import MetricContainer
-from .meters import AverageMeter, AverageMeters, check_description
+from .meters import AverageMeter, AverageMeters
 from .readable import Readable
 from .round_dict import RoundDict
 from .stream import MetricMeter, StreamMetrics
+from .sums import check_description
 
 AGGREGATES = (None, "macro", "micro", "weighted")
 _CONTAINERS = (MetricContainer, StreamMetrics, MetricMeter)

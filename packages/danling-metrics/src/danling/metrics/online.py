@@ -9,9 +9,9 @@ import torch
 
 from .containers import MetricContainer
 from .functional.scores import RankingMetric
-from .meters import read_scalars
 from .round_dict import RoundDict
 from .state import BoundState
+from .sums import read_scalars
 
 
 class OnlineMetrics(MetricContainer):

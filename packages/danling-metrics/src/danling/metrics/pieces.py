@@ -78,7 +78,7 @@ class Checks(Piece):
         valid = chunk.valid(view)
         entries = valid.sum()
         rows = entries if valid.dim() == 1 or valid.shape[0] == 1 else valid.any(0).sum()
-        if chunk.spec.task in ("regression", "ranking"):
+        if chunk.spec.task in ("regression", "ranking", None):
             zero = torch.zeros_like(entries)
             return torch.stack([rows, entries, chunk.nan(view).sum(), zero, zero, zero])
         labels = chunk.wrong_labels(view)
@@ -341,6 +341,22 @@ class Moments(Piece):
         out[MAX_X:] = torch.maximum(a[MAX_X:], b[MAX_X:])
         return out
 
+
+MOMENT_NAMES = (
+    "count",
+    "mean_preds",
+    "mean_targets",
+    "mean_error",
+    "m2_preds",
+    "m2_targets",
+    "m2_error",
+    "cross",
+    "absolute",
+    "squared",
+    "relative",
+    "max_preds",
+    "max_targets",
+)
 
 # The least |y| that a relative error is divided by.
 MAPE_FLOOR = 1.17e-06

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .chunk import Chunk, View, compute_dtype
 from .inputs import Rows, Spec
-from .pieces import BAD, BAD_LABEL, NAN, OUTSIDE, ROWS, Checks, Histogram, Moments, Piece
+from .pieces import BAD, BAD_LABEL, MOMENT_NAMES, NAN, OUTSIDE, ROWS, Checks, Histogram, Moments, Piece
 from .ranking import Ranking, rank_bins, rank_scores
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ _READS = {
     "ranking": lambda s: s.source.ranking(s.metric),
     "pooled_ranking": lambda s: s.source.ranking(s.metric, pooled=True),
     "histogram": lambda s: s.source.histogram(s.metric),
-    "moments": lambda s: s.piece(Moments(s.view)),
+    "moments": lambda s: Stats(zip(MOMENT_NAMES, s.piece(Moments(s.view)), strict=True)),
 }
 
 
@@ -105,7 +105,7 @@ def count_stats(confmat: Tensor, multiclass: bool = False) -> Stats:
 
 
 class Stats(dict):
-    """Counts with attribute access."""
+    """Counts or moments by name, with attribute access."""
 
     def __getattr__(self, name: str) -> Tensor:
         try:

@@ -26,12 +26,13 @@ class MetricFunc:
         preds_targets: reads `state.preds` and `state.targets`.
         confmat: reads `state.confmat` or `state.stats`.
         scores: reads `state.ranking`.
-        moments: reads `state.moments`.
+        moments: reads `state.moments`: count, means, central second moments `m2_*`, cross moment `cross` and error
+            sums `absolute`, `squared`, `relative` per output.
         task: `"binary"`, `"multiclass"`, `"multilabel"`, `"regression"`, or None for the task of its container.
         num_classes: number of classes (multiclass).
         num_labels: number of labels (multilabel).
         threshold: probability above which a binary or multilabel prediction is positive; 0.5 if None.
-        ignore_index: target value that does not count.
+        ignore_index: target value that does not count; no number is left out for regression.
         higher_is_better: direction of improvement, None if there is none.
 
     Raises:
@@ -90,7 +91,7 @@ class MetricFunc:
         self.num_labels = num_labels
         self.num_outputs: int | None = 1 if task == "regression" else None
         self.threshold = 0.5 if threshold is None else float(threshold)
-        self.ignore_index = ignore_index
+        self.ignore_index = None if task == "regression" else ignore_index
         self.ignore_nan = False
         self.higher_is_better = higher_is_better
         self.k = 1

@@ -40,7 +40,7 @@ class MomentMetric(RegressionMetric):
 
     def __call__(self, state: Any) -> Tensor:
         state = state_from(self, state)
-        moments = with_exact_zeros(state.moments)
+        moments = with_exact_zeros(torch.stack(list(state.moments.values())))
         values = MOMENTS[self.kind][1](moments)
         if self.kind == "pearson" and bool((torch.isnan(values) & ~torch.isnan(moments).any(0)).any()):
             state.note("Pearson correlation is undefined: a side is constant, or there are fewer than two samples")
