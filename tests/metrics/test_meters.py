@@ -203,7 +203,8 @@ def test_merging():
     merged = parts[2].merge(parts[0]).merge(parts[1])
     assert merged.avg.a == pytest.approx(whole.avg.a) and merged.avg.b.tolist() == pytest.approx(whole.avg.b.tolist())
     assert merged.count.dict() == whole.count.dict()
-    assert parts[0].count.a == 9
+    assert parts[0].count.a == 9 and merged.val.a == 8.0
+    assert AverageMeters().merge(merged).val.a == 8.0
     wrong = AverageMeter()
     wrong.update(1.0)
     with pytest.raises(ValueError, match="shape"):

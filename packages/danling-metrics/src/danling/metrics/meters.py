@@ -284,12 +284,13 @@ class AverageMeter(Readable):
         self._touch()
 
     def merge(self, other: AverageMeter) -> AverageMeter:
-        """Add what another meter has seen; `other` stays as it is. Returns self.
+        """Add what another meter has seen; `other` and the last value here stay as they are. Returns self.
 
         Raises:
             ValueError: the other is of another class, or averages tensors of another shape.
         """
         check_description({"version": 1, "describe": other._describe()}, self._describe())
+        fresh = self._acc is None and not self._count and self._last != self._last  # NaN: nothing to show yet
         if other._shape is not None or other._count:
             self._take_shape(other._shape or ())
             self._sum += other._sum
@@ -303,7 +304,8 @@ class AverageMeter(Readable):
             if other._least is not None:
                 least = other._least.clone()
                 self._least = least if self._least is None else torch.minimum(self._least, least.to(self._least.device))
-            self._last, self._last_n = copied(other._last), copied(other._last_n)
+            if fresh:
+                self._last, self._last_n = copied(other._last), copied(other._last_n)
         self._touch()
         return self
 

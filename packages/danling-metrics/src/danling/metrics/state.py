@@ -145,6 +145,13 @@ class Source:
         self._checks: dict[View, list[int]] = {}
         self._rankings: dict[Any, Ranking] = {}
         self._valid: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._only: Chunk | None = None
+
+    def release(self) -> None:
+        """Drop what takes memory of the size of the rows and can be computed again."""
+        self._only = None
+        self._rankings.clear()
+        self._valid.clear()
 
     def prefetch(self, pieces: Iterable[Piece]) -> None:
         """Fold and copy to the host everything these pieces need, in one copy."""
@@ -196,7 +203,7 @@ class Source:
 
     def _chunk(self, start: int, rows: Rows) -> Chunk:
         if self.rows is not None and self.rows.scores.shape[0] <= _STRETCH:
-            self._only = getattr(self, "_only", None) or Chunk(self.spec, rows)
+            self._only = self._only or Chunk(self.spec, rows)
             return self._only
         return Chunk(self.spec, rows)
 

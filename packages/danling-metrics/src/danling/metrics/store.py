@@ -227,11 +227,12 @@ class Store:
         """Return the checks of this rank's data; kept rows are looked at once."""
         if not self.keep:
             return {p.view: self.source().checks(p.view) for p in self.checks}
-        rows = self.rows()
-        total = rows.scores.shape[0]
+        ranges, total = [], 0
+        for start, stop in [*self.own, (self.exchanged, self.buffer.size)]:
+            ranges.append((start + min(stop - start, max(0, self.checked - total)), stop))
+            total += stop - start
         if self.checked < total or not self.seen:
-            fresh = rows.part(self.checked)
-            source = self._source(fresh, {})
+            source = self._source(self._joined(ranges), {})
             for piece in self.checks:
                 part = torch.tensor(source.checks(piece.view))
                 self.seen[piece.view] = part + self.seen.get(piece.view, 0)
