@@ -82,7 +82,7 @@ class Training(_Host):
             loss = self._loss(prediction, target)
         metrics = self.train_metrics
         if metrics is not None and target is not None:
-            metrics.update(_detach(prediction), target)
+            metrics.update(prediction, target)  # detaches what it keeps
         self.advance(loss)
         return prediction, loss
 
@@ -223,13 +223,12 @@ class Training(_Host):
         if index >= window.fillers:
             return
         weight = window.weights[index]
-        value = loss.detach() if isinstance(loss, Tensor) else loss
+        if isinstance(loss, Tensor):
+            loss = loss.item() if loss.device.type == "cpu" else loss.detach()
         if weight is None:  # losses are added: shown per sample
             weight = samples_in(window.batches[index])
-            value = value / weight
-        if isinstance(value, Tensor) and value.device.type == "cpu":
-            value = value.item()
-        self._meters[True]["loss"].update(value, weight)
+            loss = loss / weight
+        self._meters[True]["loss"].update(loss, weight)
 
     def read_training(self, split: str, *, reset: bool) -> dict[str, Any]:
         """Metrics of the training since the last reset, over all ranks."""
@@ -313,10 +312,6 @@ class Training(_Host):
         if options.peak_flops:
             found["mfu"] = flops / self.world_size / options.peak_flops
         return found
-
-
-def _detach(prediction: Any) -> Any:
-    return prediction.detach() if hasattr(prediction, "detach") else prediction
 
 
 def _average(metrics: Any) -> Any:

@@ -61,7 +61,7 @@ def tokens_in(batch: Any) -> Any:
 def count_elements(tensor: Tensor, ignored: int) -> int | Tensor:
     """Elements that differ from `ignored`: a number for tensors on the host, else a tensor nobody has waited for."""
     if tensor.device.type == "cpu":
-        return int(np.count_nonzero(tensor.detach().numpy() != ignored))
+        return int(np.count_nonzero(tensor.numpy() != ignored))
     return (tensor != ignored).sum()
 
 
