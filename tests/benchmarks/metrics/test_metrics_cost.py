@@ -1,6 +1,6 @@
 """Cost of metrics as ratios within one run, one CPU thread; prints a table and writes JSON.
 
-Set `DANLING_BENCH_DIR` to keep the JSON file.
+The JSON goes to `metrics.json` in the folder `DANLING_BENCH_DIR` (default `build/bench`).
 """
 
 from __future__ import annotations
@@ -37,11 +37,9 @@ def table():
             f"{row['ratio']:>8.3f} {row['bound']:>8.3f}"
         )
     print("\n" + "\n".join(lines))
-    folder = Path(os.environ.get("DANLING_BENCH_DIR", "."))
-    text = json.dumps(ROWS, indent=1)
-    if "DANLING_BENCH_DIR" in os.environ:
-        (folder / "metrics.json").write_text(text)
-    print(text)
+    folder = Path(os.environ.get("DANLING_BENCH_DIR", "build/bench"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(ROWS, indent=1) + "\n")
 
 
 def paired(first, second, calls=160, rounds=15):
