@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import random
-import sys
 import time
 from abc import ABCMeta
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .atomic import read_yaml
 from .configfile import plain
 from .console import Console
 from .contradictions import unsupported
 from .coordinator import Coordinator
-from .crash import crash_point
 from .discovery import check_engine
+from .ending import Ending
 from .errors import ConfigError
 from .events import Events
-from .heartbeat import Heartbeat
 from .loop import Loop
 from .persistence import Persistence
 from .problems import Problems
 from .results import Results
+from .services import Services
 from .splits import Splits
 from .state import RunnerMode, RunnerState
-from .store import CheckpointStore
 from .summary import Summary
 from .supervisor import Stop, Supervisor
+from .surface import Surface
 from .trackers import MetricsFile, Trackers
 from .views import IdentityViews, ResultViews, StateViews, describe_start
 from .workspace import Workspace
@@ -54,7 +50,7 @@ class RunnerMeta(ABCMeta):
         return runner
 
 
-class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=RunnerMeta):
+class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, Surface, Ending, metaclass=RunnerMeta):
     """What every runner has, whichever engine carries it.
 
     A user assigns `model`, `criterion`, `datasets` (or `dataloaders`) and `metrics` in `__init__`, after
@@ -74,7 +70,6 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
     guarantees: ClassVar[frozenset[int]] = frozenset()
     axes: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[str]] = frozenset()
-    _outcome: tuple[str, str | None]
     stack_reason: str = "the class is fixed to it"
     summary_writer: ClassVar[Callable[..., Any] | None] = None  # makes TensorBoard's writer; None writes scalars alone
 
@@ -209,268 +204,6 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
             ):
                 self.problems.add(f"metadata {name}", error)
             self._write_summary("running")
-
-    # Services of construction, each a hook
-
-    def init_distributed(self) -> None:
-        """Join the other processes; nothing to do for one."""
-        self.state.rng.seed = self.choose_seed()
-
-    def choose_seed(self) -> int:
-        """The configured seed; without one that of the run being resumed, else one that is drawn."""
-        config = self.config
-        if config.seed is not None:
-            return config.seed
-        for source in (config.resume, self.dir if config.auto_resume else None):
-            if source and (Path(source) / "runner.yaml").exists():
-                return int(read_yaml(Path(source) / "runner.yaml")["seed"])
-        return random.SystemRandom().randrange(2**31)
-
-    def init_checkpoint_manager(self) -> None:
-        """Bind the checkpoint store."""
-        checkpoint = self.config.checkpoint
-        mode = checkpoint.async_mode or ("async" if checkpoint.async_enabled else "disabled")
-        self.set_checkpoint_manager(
-            CheckpointStore(
-                self.checkpoint_dir,
-                coordinator=self.coordinator,
-                keep_latest_k=checkpoint.keep_latest_k,
-                asynchronous=mode != "disabled",
-                load_only=checkpoint.load_only,
-                on_commit=self._on_commit,
-                on_error=self._on_save_error,
-                problem=self.problems.add,
-                logger=self.logger,
-            )
-        )
-        self._store.repair()
-
-    def set_checkpoint_manager(self, store: CheckpointStore) -> None:
-        """Use another store; the one before is closed."""
-        if (old := self.__dict__.get("_store")) is not None:
-            old.close()
-        self._store = store
-
-    @property
-    def checkpoint_manager(self) -> CheckpointStore:
-        """The checkpoint store; replaced through `set_checkpoint_manager`."""
-        return self._store
-
-    def init_fault_tolerance(self) -> None:
-        """Leave `ft` None; engines with replica groups bind their manager here.
-
-        Raises:
-            ConfigError: `ft.enabled` on an engine without them.
-        """
-        if self.config.ft.enabled:
-            raise ConfigError(f"ft.enabled: stack {self.stack!r} has no replica groups")
-
-    def init_garbage_collection(self) -> None:
-        """Take over garbage collection when `gc.interval` is set."""
-        options = self.config.gc
-        if options.interval:
-            self.supervisor.take_over_gc(options.interval, options.generation, options.disable_automatic)
-
-    def init_tensorboard(self) -> None:
-        """Open TensorBoard on the main process."""
-        from .trackers.tensorboard import TensorBoardTracker
-
-        if self.is_main_process:
-            self.trackers.add(TensorBoardTracker(self.dir / "tensorboard", self.summary_writer))
-
-    def init_wandb(self) -> None:
-        """Open Weights & Biases on the main process."""
-        from .trackers.wandb import WandbTracker
-
-        if self.is_main_process:
-            self.trackers.add(WandbTracker(self.config, name=self.name, directory=self.dir))
-
-    def init_signal_handlers(self) -> None:
-        """SIGTERM, SIGINT and SIGUSR1 set flags from here to the close."""
-        self.supervisor.install_signal_handlers()
-        self._closing("supervisor", self.supervisor.close)
-
-    def init_heartbeat(self) -> None:
-        """Start the heartbeat when it is enabled."""
-        options = self.config.heartbeat
-        self.heartbeat: Heartbeat | None = None
-        if options.enabled:
-            self.heartbeat = Heartbeat(
-                self.dir / options.dir_name,
-                self._beat,
-                rank=self.rank,
-                world_size=self.world_size,
-                interval=options.interval_seconds,
-                restarts=self.elastic_state.restart_count,
-                problems=self.problems,
-            )
-            self.heartbeat.start()
-
-    def _beat(self) -> dict[str, Any]:
-        state = self.train_state
-        counters = {"global_step": state.global_step, "micro_step": state.micro_step, "epoch": state.epoch}
-        return {
-            "event": self._last_event,
-            "mode": str(self._mode),
-            "split": self.split,
-            "counters": counters,
-            "failed_saves": self._store.health.get("failures", 0),
-        }
-
-    def set_seed(self, seed: int | None = None, bias: int | bool | None = None) -> int:
-        """Seed the random number generators of this process.
-
-        Args:
-            seed: None takes the configuration's.
-            bias: added to the seed; None is the rank, False is nothing.
-
-        Returns:
-            The seed used, bias included.
-        """
-        if seed is None:
-            seed = self.state.rng.seed
-        assert seed is not None
-        offset = self.rank if bias is None else int(bias)
-        self.state.rng.seed, self.state.rng.bias = seed, offset
-        random.seed(seed + offset)
-        if (numpy := sys.modules.get("numpy")) is not None:
-            numpy.random.seed((seed + offset) % 2**32)
-        return seed + offset
-
-    def set_deterministic(self) -> None:
-        """Ask the engine for deterministic algorithms; undone at close."""
-
-    # The engine's surface: one process, no tensors. Backends override these.
-
-    @property
-    def device(self) -> Any:
-        """Where the model is."""
-        return None
-
-    @property
-    def world_size(self) -> int:
-        """Processes of the run."""
-        return 1
-
-    @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return 0
-
-    @property
-    def local_rank(self) -> int:
-        """Number of this process on its machine."""
-        return 0
-
-    @property
-    def data_degree(self) -> int:
-        """Ranks that read different data."""
-        return self.world_size
-
-    @property
-    def data_rank(self) -> int:
-        """Number of this rank among those that read different data."""
-        return self.rank
-
-    @property
-    def distributed(self) -> bool:
-        """Whether there is more than one process."""
-        return self.world_size > 1
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this is rank 0."""
-        return self.rank == 0
-
-    @property
-    def is_local_main_process(self) -> bool:
-        """Whether this is the first process of its machine."""
-        return self.local_rank == 0
-
-    def describe_devices(self) -> str:
-        """Devices and world, for the start summary."""
-        return f"{self.device} × {self.world_size}"
-
-    def describe_environment(self) -> dict[str, Any]:
-        """What `metadata` should say about devices and hosts."""
-        return {}
-
-    def broadcast_object(self, obj: Any) -> Any:
-        """Return rank 0's object on every rank."""
-        return self.coordinator.broadcast_object(obj)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.coordinator.barrier()
-
-    def build_dataloaders(self) -> None:
-        """Build a loader for every split in `datasets` that has none."""
-
-    def setup_fp8(self) -> None:
-        """Prepare 8-bit training when asked for."""
-
-    def materialize_model(self) -> None:
-        """Bring the model to its device in its final form."""
-
-    def build_optimizer(self) -> None:
-        """Build the optimizer from the configuration unless one is bound."""
-
-    def build_scheduler(self) -> None:
-        """Build the scheduler from the configuration unless one is bound."""
-
-    def init_engine(self) -> None:
-        """For engines that wrap model and optimizer together."""
-
-    def open_pass(self, split: str) -> Any:
-        """A context that yields windows of a train split from its position on."""
-        raise NotImplementedError(f"{type(self).__name__} has no engine: subclass danling.runners.Runner")
-
-    def pass_length(self, split: str) -> int | None:
-        """Micro-batches of one pass over a train split on this rank; None when unknown."""
-        loader = self.dataloaders.get(split)
-        try:
-            return len(loader) if loader is not None else None
-        except TypeError:
-            return None
-
-    def split_size(self, split: str) -> int | None:
-        """Samples in a split, None when unknown."""
-        for source in (self.datasets, self.dataloaders):
-            if split in source:
-                try:
-                    return len(source[split])
-                except TypeError:
-                    return None
-        return None
-
-    def train_step(self, data: Any) -> tuple[Any, Any]:
-        """Train on one micro-batch; return the prediction and the loss."""
-        raise NotImplementedError
-
-    def evaluate_epoch(self, split: str) -> dict[str, Any]:
-        """Evaluate one split; return its metrics."""
-        raise NotImplementedError
-
-    def read_training(self, split: str, *, reset: bool) -> dict[str, Any]:
-        """Metrics of the training since the last reset, over all ranks."""
-        raise NotImplementedError
-
-    def log_training(self) -> None:
-        """Report a log point."""
-        raise NotImplementedError
-
-    def step_schedulers(self, *, epoch_ended: bool, evaluated: Mapping[str, Any] | None) -> None:
-        """Move schedulers that follow epochs or evaluations."""
-
-    @property
-    def pending(self) -> bool:
-        """Whether a stop or a save is asked for that the boundary in hand has to serve."""
-        return self.supervisor.pending
-
-    def requests(self) -> tuple[bool, bool]:
-        """Whether all ranks agree on a stop, and on a save."""
-        supervisor = self.supervisor
-        return supervisor.stop is not Stop.NONE, supervisor.save_requested
 
     # Splits
 
@@ -694,138 +427,6 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, metaclass=
             self.console.evaluation("evaluation", metrics, self.best_result)
         return metrics
 
-    # Ends
-
-    @contextmanager
-    def _ending(self) -> Iterator[None]:
-        """Whatever ends training is told to the listeners and stands in `summary.json`."""
-        self._outcome = ("finished", None)
-        try:
-            yield
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            self._outcome = ("interrupted" if interrupted else "failed", None)
-            self._error = error
-            try:
-                self.emit("exception", error=error)
-                self.emit("end", error=error)
-            finally:
-                self.close()
-            raise
-
-    def _judge(self, ending: str | None) -> tuple[str, str | None]:
-        if ending != "stop":
-            return "finished", ending
-        supervisor = self.supervisor
-        return ("interrupted" if supervisor.stop > Stop.REQUEST else "stopped"), supervisor.stop_reason
-
-    def _abandon(self, error: BaseException) -> None:
-        """Close what a failed construction has opened."""
-        if "_closers" in self.__dict__:
-            self._outcome = ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", None)
-            self._error = error
-            self.close()
-
-    def _report_end(self) -> None:
-        drained = self._store.drain(self.config.checkpoint.wait_timeout)
-        status, reason = self._outcome
-        self._write_summary(status)
-        if not self.is_main_process:
-            return
-        newest = (self._store.last_committed or self.last_checkpoint) if drained else None
-        best = self.best_result
-        self.console.block(
-            f"{status}{f' ({reason})' if reason else ''}",
-            {
-                "duration": _duration(time.monotonic() - self._started_at),
-                "updates": f"{self.global_step} in {self.epoch} epochs",
-                "best": best
-                and f"{self.score_split}/{self.score_name} {self.best_score:.6g} at "
-                f"{self.results.unit} {best['index']}",
-                "checkpoint": newest and str(newest),
-                "results": str(self.dir / "results.json"),
-                "metrics": str(self.dir / "metrics.jsonl"),
-                "log": str(self.log_file) if self.config.log else None,
-                "problems": len(self.problems) or None,
-                "directory": str(self.dir),
-            },
-        )
-
-    def _write_summary(self, status: str) -> None:
-        if not self.is_main_process or "summary" not in self.__dict__:
-            return
-        _, reason = getattr(self, "_outcome", (status, None))
-        error = self.__dict__.get("_error")
-        state = self.train_state
-        store = self.__dict__.get("_store")
-        results = self.__dict__.get("results")
-        codes = {"failed": 1, "finished": 0, "stopped": 0}
-        stop = self.supervisor.exit_error()
-        self.summary.write(
-            status,
-            reason=reason,
-            error=error if isinstance(error, Exception) else None,
-            exit_code=stop.code if isinstance(stop, SystemExit) else codes.get(status),  # type: ignore[arg-type]
-            counters={
-                "updates": state.global_step,
-                "micro_steps": state.micro_step,
-                "epochs": state.epoch,
-                "samples": state.samples,
-                "tokens": state.tokens,
-                "skipped": state.skipped,
-            },
-            targets={"epochs": self.config.epochs, "steps": self.config.steps},
-            latest=results.latest_result if results else None,
-            best=results.best_result if results else None,
-            checkpoint=self.last_checkpoint,
-            checkpoint_health=dict(store.health) if store is not None else None,
-        )
-
-    def _closing(self, name: str, close: Callable[[], Any]) -> None:
-        self._closers.append((name, close))
-
-    def close(self, timeout: float | None = None) -> bool:
-        """Finish pending saves and give back everything the run has taken. Idempotent.
-
-        Args:
-            timeout: seconds to wait for pending saves; None takes `checkpoint.wait_timeout`.
-
-        Returns:
-            Whether all saves were finished.
-        """
-        if self._closed:
-            return True
-        self._closed = True
-        drained = True
-        if (store := self.__dict__.get("_store")) is not None:
-            timeout = self.config.checkpoint.wait_timeout if timeout is None else timeout
-            drained = store.close(timeout, commit=self.__dict__.get("_error") is None)
-        crash_point("close")
-        self.close_loaders()
-        status = getattr(self, "_outcome", ("finished", None))[0]
-        closers = dict(self._closers)
-        if (trackers := closers.pop("trackers", None)) is not None:
-            trackers()
-        if (heartbeat := self.__dict__.get("heartbeat")) is not None:
-            heartbeat.close(status)
-        self._write_summary(status)
-        order = ["supervisor", "deterministic", "console", "lock", "group"]
-        for name in [*(n for n in closers if n not in order), *(n for n in order if n in closers)]:
-            try:
-                closers[name]()
-            except Exception as error:
-                self.problems.add(name, error)
-        return drained
-
-    def close_loaders(self) -> None:
-        """Stop the workers of the loaders."""
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
-
 
 def _as_splits(mapping: Any) -> Splits:
     if isinstance(mapping, Splits):
@@ -835,9 +436,3 @@ def _as_splits(mapping: Any) -> Splits:
             f"datasets, samplers and loaders are mappings from split to object, got {type(mapping).__name__}"
         )
     return Splits(mapping)
-
-
-def _duration(seconds: float) -> str:
-    from .console import format_duration
-
-    return format_duration(seconds)
