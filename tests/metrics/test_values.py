@@ -253,3 +253,20 @@ def test_online_refuses_what_needs_all_predictions():
         OnlineMetrics(F.spearman())
     with pytest.raises(ValueError, match="GlobalMetrics"):
         OnlineMetrics(lambda p, t: 0.0)
+
+
+@pytest.mark.parametrize(
+    "deviation, auroc, auprc",
+    [(0.01, 0.025, 0.05), (0.5, 1e-3, 2e-3), (1.0, 1e-3, 2e-3), (4.0, 1e-3, 2e-3), (10.0, 1e-3, 2e-3)],
+)
+def test_documented_error_bounds(deviation, auroc, auprc):
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 2, (2000,), generator=g)
+    x = deviation * (torch.randn(2000, generator=g) + y)
+    online, exact = OnlineMetrics(F.binary_auroc(), F.binary_auprc()), GlobalMetrics(F.binary_auroc(), F.binary_auprc())
+    for metrics in (online, exact):
+        metrics.update(x, y)
+    bound = online.error_bound()
+    assert bound.auroc <= auroc and bound.auprc <= auprc
+    assert abs(online.avg.auroc - exact.avg.auroc) <= (bound.auroc if deviation < 0.1 else 1e-4)
+    assert abs(online.avg.auprc - exact.avg.auprc) <= bound.auprc
