@@ -4,12 +4,16 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from support.ranks import run_ranks
 from torch.utils.checkpoint import checkpoint
 
 from danling.tensors import NestedTensor
+from support.ranks import run_ranks
 
-ELEMENTS = [torch.linspace(-1, 2, 12).view(3, 4), torch.linspace(0, 1, 4).view(1, 4), torch.linspace(-2, 1, 20).view(5, 4)]
+ELEMENTS = [
+    torch.linspace(-1, 2, 12).view(3, 4),
+    torch.linspace(0, 1, 4).view(1, 4),
+    torch.linspace(-2, 1, 20).view(5, 4),
+]
 
 
 def leaf(**settings):

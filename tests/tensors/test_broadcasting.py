@@ -14,7 +14,8 @@ def batch(width=4, **settings):
 
 
 @pytest.mark.parametrize(
-    "shape", [(), (4,), (1, 4), (1, 1, 4), (5, 4), (5, 1), (1, 5, 4), (1, 5, 1), (3, 1, 4), (3, 1, 1), (3, 5, 1), (3, 5, 4)]
+    "shape",
+    [(), (4,), (1, 4), (1, 1, 4), (5, 4), (5, 1), (1, 5, 4), (1, 5, 1), (3, 1, 4), (3, 1, 1), (3, 5, 1), (3, 5, 4)],
 )
 def test_dense_operands_read_as_torch_aligns_them(shape):
     x = batch()
@@ -117,7 +118,7 @@ def test_forms_agree():
         torch.testing.assert_close(form.concat, x.concat + y.concat)
     torch.testing.assert_close((2 - x).concat, 2 - x.concat)
     torch.testing.assert_close((2 / x).concat, 2 / x.concat)
-    torch.testing.assert_close((2.0 ** x).concat, 2.0**x.concat)
+    torch.testing.assert_close((2.0**x).concat, 2.0**x.concat)
     torch.testing.assert_close((7 % (x.abs() + 1)).concat, 7 % (x.concat.abs() + 1))
     torch.testing.assert_close((x // 0.3).concat, x.concat // 0.3)
     assert ((x > 0) & ~(y < 0)).dtype == torch.bool

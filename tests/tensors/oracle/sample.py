@@ -37,7 +37,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 """Element shapes, ragged element dims and batch order of the batches every op runs on."""
 
-STANDARD = ("sequences", "batch_second", "channel_first", "two_ragged", "single", "equal", "empty_element", "empty_batch")
+STANDARD = (
+    "sequences",
+    "batch_second",
+    "channel_first",
+    "two_ragged",
+    "single",
+    "equal",
+    "empty_element",
+    "empty_batch",
+)
 
 Data = Callable[[tuple[int, ...], torch.dtype], Tensor]
 

@@ -40,6 +40,11 @@ SAMPLES = {
     "chalf": [
         Sample(lambda d, x: torch.view_as_real(x.chalf()), layouts=FULL, dtypes=FP32, grad=False, isolated=False)
     ],
+    "_has_compatible_shallow_copy_type": [
+        Sample(
+            lambda d, x: torch._has_compatible_shallow_copy_type(x, x.clone()), layouts=FULL, dtypes=FP32, grad=False
+        )
+    ],
     "dequantize": method("dequantize", grad=False),
     "to": [
         Sample(lambda d, x: x.to(torch.float64), dtypes=FP32),
@@ -52,7 +57,10 @@ SAMPLES = {
     "view_as_complex": [
         Sample(lambda d, x: torch.view_as_complex(torch.stack([x, x + 1], -1)), dtypes=FP32),
     ],
-    **{name: ask(name) for name in "is_floating_point is_complex is_signed is_inference is_conj is_neg is_pinned".split()},
+    **{
+        name: ask(name)
+        for name in "is_floating_point is_complex is_signed is_inference is_conj is_neg is_pinned".split()
+    },
     **{name: ask(name) for name in "is_shared is_distributed element_size".split()},
     "get_device": [
         Sample(lambda d, x: x.get_device(), layouts=FULL, dtypes=FP32, grad=False, reference=lambda d, es: -1)
@@ -107,14 +115,16 @@ SAMPLES = {
     "poisson": [Sample(lambda d, x: torch.poisson(x) < 0, ("positive",), dtypes=FP32, grad=False)],
     "binomial": [
         Sample(
-            lambda d, x, p: torch.binomial(x.round(), p) < 0, ("positive", "unit"), dtypes=FP32, grad=False, isolated=False
+            lambda d, x, p: torch.binomial(x.round(), p) < 0,
+            ("positive", "unit"),
+            dtypes=FP32,
+            grad=False,
+            isolated=False,
         ),
     ],
     "multinomial": [
         Sample(lambda d, x: torch.multinomial(x, 2) < 0, ("unit",), ("sequences", "single", "equal"), FP32, grad=False),
-        Sample(
-            lambda d, x: torch.multinomial(x, 1).sum(-1) < 0, ("unit",), ("flat", "sequences"), FP32, grad=False
-        ),
+        Sample(lambda d, x: torch.multinomial(x, 1).sum(-1) < 0, ("unit",), ("flat", "sequences"), FP32, grad=False),
         Sample(
             lambda d, x: torch.multinomial(x, 3, replacement=True).sum(-1) < 0, ("unit",), ("flat",), FP32, grad=False
         ),
@@ -134,7 +144,11 @@ SAMPLES = {
     "random_": drawn("random_", 5),
     "uniform_": drawn("uniform_"),
     "fill_diagonal_": [
-        Sample(lambda d, x: x.clone().fill_diagonal_(9.0), layouts=("sequences", "channel_first", "batch_second"), dtypes=FP32),
+        Sample(
+            lambda d, x: x.clone().fill_diagonal_(9.0),
+            layouts=("sequences", "channel_first", "batch_second"),
+            dtypes=FP32,
+        ),
         Sample(
             lambda d, x: x.clone().fill_diagonal_(9.0, wrap=True),
             layouts=("sequences",),
@@ -143,7 +157,11 @@ SAMPLES = {
             ragged=(0,),
         ),
     ],
-    "equal": [Sample(lambda d, x, y: torch.equal(x, x.clone()) and not torch.equal(x, y + 9), ("normal",) * 2, FULL, FP32, False)],
+    "equal": [
+        Sample(
+            lambda d, x, y: torch.equal(x, x.clone()) and not torch.equal(x, y + 9), ("normal",) * 2, FULL, FP32, False
+        )
+    ],
     "allclose": [
         Sample(lambda d, x: torch.allclose(x, x.clone()), layouts=FULL, dtypes=FP32, grad=False),
     ],
@@ -171,7 +189,11 @@ SAMPLES = {
             dtypes=FP32,
         ),
     ],
-    "glu": [Sample(lambda d, x: torch.nn.functional.glu(x, d(-1)), layouts=tuple(n for n in STANDARD if n != "channel_first"))],
+    "glu": [
+        Sample(
+            lambda d, x: torch.nn.functional.glu(x, d(-1)), layouts=tuple(n for n in STANDARD if n != "channel_first")
+        )
+    ],
     "fake_quantize_per_channel_affine": [
         Sample(
             lambda d, x: torch.fake_quantize_per_channel_affine(

@@ -88,8 +88,21 @@ SAMPLES = {
             reference=lambda d, xs, ms: scatter_in_turn(xs, ms),
         )
     ],
-    "nonzero": [Sample(lambda d, x: torch.nonzero(x), ("bool",), ("sequences",), FP32, grad=False, reference=lambda d, es: rows(es))],
-    "argwhere": [Sample(lambda d, x: torch.argwhere(x), ("bool",), ("sequences",), FP32, grad=False, reference=lambda d, es: rows(es))],
+    "nonzero": [
+        Sample(
+            lambda d, x: torch.nonzero(x), ("bool",), ("sequences",), FP32, grad=False, reference=lambda d, es: rows(es)
+        )
+    ],
+    "argwhere": [
+        Sample(
+            lambda d, x: torch.argwhere(x),
+            ("bool",),
+            ("sequences",),
+            FP32,
+            grad=False,
+            reference=lambda d, es: rows(es),
+        )
+    ],
     "nonzero_static": [
         Sample(
             lambda d, x: torch.nonzero_static(x, size=2),
@@ -109,7 +122,9 @@ SAMPLES = {
         Sample(lambda d, x, i: torch.take_along_dim(x, i, d(-1)), ("normal", last_dim), dtypes=FP32),
     ],
     "scatter": [
-        Sample(lambda d, x, i: x.scatter(d(-1), i[ix(i, Ellipsis, slice(0, 1))], 2.0), ("normal", last_dim), dtypes=FP32),
+        Sample(
+            lambda d, x, i: x.scatter(d(-1), i[ix(i, Ellipsis, slice(0, 1))], 2.0), ("normal", last_dim), dtypes=FP32
+        ),
         Sample(
             lambda d, x, i, s: torch.scatter(x, d(0), i * 0, s * 0 + 1),
             ("normal", gathered, "normal"),
@@ -119,13 +134,15 @@ SAMPLES = {
         ),
     ],
     "scatter_add": [
-        Sample(lambda d, x, i, s: x.scatter_add(d(0), i, s), ("normal", gathered, "normal"), dtypes=FP32, tolerance=1e-4),
-        Sample(lambda d, x, i, s: x.scatter_add(d(-1), i, s), ("normal", last_dim, "normal"), dtypes=FP32, tolerance=1e-4),
+        Sample(
+            lambda d, x, i, s: x.scatter_add(d(0), i, s), ("normal", gathered, "normal"), dtypes=FP32, tolerance=1e-4
+        ),
+        Sample(
+            lambda d, x, i, s: x.scatter_add(d(-1), i, s), ("normal", last_dim, "normal"), dtypes=FP32, tolerance=1e-4
+        ),
     ],
     "scatter_reduce": [
-        Sample(
-            lambda d, x, i, s: x.scatter_reduce(d(0), i, s, "amax"), ("normal", gathered, "normal"), dtypes=FP32
-        )
+        Sample(lambda d, x, i, s: x.scatter_reduce(d(0), i, s, "amax"), ("normal", gathered, "normal"), dtypes=FP32)
     ],
     "index_add": [
         Sample(

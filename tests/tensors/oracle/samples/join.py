@@ -3,7 +3,6 @@
 import torch
 from tensors.oracle.sample import FLOATS, STANDARD, Sample
 
-
 FP32 = (torch.float32,)
 FULL = tuple(name for name in STANDARD if name not in ("empty_element", "empty_batch"))
 TWO = ("normal", "normal")
@@ -20,7 +19,9 @@ SAMPLES = {
     "cat": [
         Sample(lambda d, x, y: torch.cat([x, y], d(0)), TWO, dtypes=FLOATS),
         Sample(lambda d, x, y: torch.cat([x, y, x], d(-1)), TWO, dtypes=FP32),
-        Sample(lambda d, x, y: torch.cat([x, y[..., :2]], d(-1)), TWO, ("sequences", "batch_second", "two_ragged"), FP32),
+        Sample(
+            lambda d, x, y: torch.cat([x, y[..., :2]], d(-1)), TWO, ("sequences", "batch_second", "two_ragged"), FP32
+        ),
         Sample(
             lambda d, x, y: list(torch.cat([x, y], x.structure.batch_dim).unbind()),
             TWO,

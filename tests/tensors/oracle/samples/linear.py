@@ -59,7 +59,11 @@ SAMPLES = {
     "mm": [Sample(lambda d, x: torch.matmul(x, of(MATRIX, x)), layouts=("sequences",), dtypes=FP32, tolerance=1e-4)],
     "bmm": [
         Sample(
-            lambda d, x, y: torch.bmm(x, y.mT) if nested(x) else torch.mm(x, y.mT), TWO, ("sequences", "equal"), FP32, tolerance=1e-4
+            lambda d, x, y: torch.bmm(x, y.mT) if nested(x) else torch.mm(x, y.mT),
+            TWO,
+            ("sequences", "equal"),
+            FP32,
+            tolerance=1e-4,
         )
     ],
     "mv": [Sample(lambda d, x: torch.mv(x, of(VECTOR, x)), layouts=("sequences",), dtypes=FP32, tolerance=1e-4)],
@@ -100,9 +104,7 @@ SAMPLES = {
     ],
     "baddbmm": [
         Sample(
-            lambda d, x, y: torch.baddbmm(torch.ones((), dtype=x.dtype), x, y.mT)
-            if nested(x)
-            else 1 + x @ y.mT,
+            lambda d, x, y: torch.baddbmm(torch.ones((), dtype=x.dtype), x, y.mT) if nested(x) else 1 + x @ y.mT,
             TWO,
             ("sequences", "equal"),
             FP32,
@@ -135,11 +137,18 @@ SAMPLES = {
     ],
     "pairwise_distance": [Sample(lambda d, x, y: F.pairwise_distance(x, y), TWO, TAIL, FP32, tolerance=1e-4)],
     "cross": [
-        Sample(lambda d, x, y: torch.cross(x, y, d(-1)), TWO, ("sequences",), FP32, shapes=((2, 3), (5, 3)), ragged=(0,))
+        Sample(
+            lambda d, x, y: torch.cross(x, y, d(-1)), TWO, ("sequences",), FP32, shapes=((2, 3), (5, 3)), ragged=(0,)
+        )
     ],
     "linalg_cross": [
         Sample(
-            lambda d, x, y: torch.linalg.cross(x, y), TWO, ("sequences", "single"), FP32, shapes=((2, 3), (5, 3)), ragged=(0,)
+            lambda d, x, y: torch.linalg.cross(x, y),
+            TWO,
+            ("sequences", "single"),
+            FP32,
+            shapes=((2, 3), (5, 3)),
+            ragged=(0,),
         )
     ],
     "chain_matmul": [
@@ -232,35 +241,37 @@ SAMPLES = {
     ],
     "multi_head_attention_forward": [
         Sample(
-            lambda d, x: F.multi_head_attention_forward(
-                *([x if nested(x) else x[:, None]] * 3),
-                4,
-                2,
-                torch.linspace(-1, 1, 48, dtype=x.dtype).view(12, 4),
-                None,
-                None,
-                None,
-                False,
-                0.0,
-                torch.eye(4, dtype=x.dtype),
-                None,
-                need_weights=False,
-            )[0]
-            if nested(x)
-            else F.multi_head_attention_forward(
-                *([x[:, None]] * 3),
-                4,
-                2,
-                torch.linspace(-1, 1, 48, dtype=x.dtype).view(12, 4),
-                None,
-                None,
-                None,
-                False,
-                0.0,
-                torch.eye(4, dtype=x.dtype),
-                None,
-                need_weights=False,
-            )[0][:, 0],
+            lambda d, x: (
+                F.multi_head_attention_forward(
+                    *([x if nested(x) else x[:, None]] * 3),
+                    4,
+                    2,
+                    torch.linspace(-1, 1, 48, dtype=x.dtype).view(12, 4),
+                    None,
+                    None,
+                    None,
+                    False,
+                    0.0,
+                    torch.eye(4, dtype=x.dtype),
+                    None,
+                    need_weights=False,
+                )[0]
+                if nested(x)
+                else F.multi_head_attention_forward(
+                    *([x[:, None]] * 3),
+                    4,
+                    2,
+                    torch.linspace(-1, 1, 48, dtype=x.dtype).view(12, 4),
+                    None,
+                    None,
+                    None,
+                    False,
+                    0.0,
+                    torch.eye(4, dtype=x.dtype),
+                    None,
+                    need_weights=False,
+                )[0][:, 0]
+            ),
             layouts=("batch_second",),
             dtypes=FP32,
             tolerance=1e-4,

@@ -14,7 +14,6 @@ def both(call, kind="normal", layouts=STANDARD, dtypes=FP32, tolerance=1e-4, gra
     ]
 
 
-
 def flat(elements):
     return torch.cat([e.flatten() for e in elements])
 
@@ -39,7 +38,14 @@ SAMPLES = {
     "median": [
         *both(lambda x, dim: torch.median(x, dim), "distinct"),
         *both(lambda x, dim: torch.median(x, dim, keepdim=True), "distinct", FULL),
-        Sample(lambda d, x: torch.median(x), ("distinct",), FULL, FP32, grad=False, reference=lambda d, es: flat(es).median()),
+        Sample(
+            lambda d, x: torch.median(x),
+            ("distinct",),
+            FULL,
+            FP32,
+            grad=False,
+            reference=lambda d, es: flat(es).median(),
+        ),
     ],
     "nanmedian": both(lambda x, dim: torch.nanmedian(x, dim), "distinct"),
     "mode": both(lambda x, dim: torch.mode(x, dim), "distinct"),
@@ -53,7 +59,9 @@ SAMPLES = {
     ],
     "nanquantile": both(lambda x, dim: torch.nanquantile(x, 0.3, dim), layouts=FULL),
     "unique": [
-        Sample(lambda d, x: torch.unique(x), ("index",), FULL, FP32, grad=False, reference=lambda d, es: flat(es).unique())
+        Sample(
+            lambda d, x: torch.unique(x), ("index",), FULL, FP32, grad=False, reference=lambda d, es: flat(es).unique()
+        )
     ],
     "histc": [
         Sample(

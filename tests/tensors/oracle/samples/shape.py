@@ -44,12 +44,18 @@ SAMPLES = {
     ],
     "reshape": [
         Sample(lambda d, x: x.reshape(shaped(x, None, 2, 1, 2)), layouts=PLAIN, dtypes=FP32),
-        Sample(lambda d, x: x.reshape([len(x), -1] if nested(x) else [-1]), layouts=("sequences", "single"), dtypes=FP32),
+        Sample(
+            lambda d, x: x.reshape([len(x), -1] if nested(x) else [-1]), layouts=("sequences", "single"), dtypes=FP32
+        ),
     ],
     "view_as": [Sample(lambda d, x, y: x.view_as(y), ("normal", "normal"), dtypes=FP32)],
     "reshape_as": [Sample(lambda d, x, y: x.reshape_as(y), ("normal", "normal"), dtypes=FP32)],
     "flatten": [
-        Sample(lambda d, x: torch.flatten(x, d(0), d(-1)), layouts=("sequences", "channel_first", "two_ragged"), dtypes=FP32),
+        Sample(
+            lambda d, x: torch.flatten(x, d(0), d(-1)),
+            layouts=("sequences", "channel_first", "two_ragged"),
+            dtypes=FP32,
+        ),
         Sample(lambda d, x: x.flatten(d(1), d(2)), layouts=PLAIN, dtypes=FP32, **WIDE),
         Sample(
             lambda d, x: x.flatten(),
@@ -60,12 +66,17 @@ SAMPLES = {
     ],
     "ravel": [
         Sample(
-            lambda d, x: x.ravel(), dtypes=FP32, layouts=FULL, reference=lambda d, es: torch.cat([e.flatten() for e in es])
+            lambda d, x: x.ravel(),
+            dtypes=FP32,
+            layouts=FULL,
+            reference=lambda d, es: torch.cat([e.flatten() for e in es]),
         )
     ],
     "unflatten": [
         Sample(lambda d, x: x.unflatten(d(-1), (2, 2)), layouts=TAIL, dtypes=FP32),
-        Sample(lambda d, x: x.unflatten(d(0), (-1, 2)), layouts=PLAIN[:4], shapes=((4, 3), (2, 3), (6, 3)), ragged=(0,)),
+        Sample(
+            lambda d, x: x.unflatten(d(0), (-1, 2)), layouts=PLAIN[:4], shapes=((4, 3), (2, 3), (6, 3)), ragged=(0,)
+        ),
     ],
     "transpose": [
         Sample(lambda d, x: x.transpose(d(0), d(1)), dtypes=FLOATS),
@@ -83,7 +94,9 @@ SAMPLES = {
             layouts=("two_ragged",),
             dtypes=FP32,
         ),
-        Sample(lambda d, x: x.permute(0, 2, 1) if nested(x) else x.permute(1, 0), layouts=("sequences", "channel_first")),
+        Sample(
+            lambda d, x: x.permute(0, 2, 1) if nested(x) else x.permute(1, 0), layouts=("sequences", "channel_first")
+        ),
     ],
     "movedim": [
         Sample(lambda d, x: x.movedim(d(0), d(1)), dtypes=FP32),
@@ -124,7 +137,7 @@ SAMPLES = {
         Sample(lambda d, x: torch.roll(x, 2, d(0))),
         Sample(lambda d, x: torch.roll(x, (1, -1), (d(0), d(-1))), dtypes=FP32),
     ],
-    "rot90": [Sample(lambda d, x: torch.rot90(x, k, (d(0), d(1))), layouts=FULL, dtypes=FP32) for k in (1, 2, 3)],
+    "rot90": [Sample(lambda d, x, k=k: torch.rot90(x, k, (d(0), d(1))), layouts=FULL, dtypes=FP32) for k in (1, 2, 3)],
     "narrow": [
         Sample(lambda d, x: x.narrow(d(-1), 1, 2), layouts=TAIL),
         Sample(lambda d, x: x.narrow(d(0), 0, 1), layouts=FULL),
@@ -151,7 +164,7 @@ SAMPLES = {
     "constant_pad_nd": [Sample(lambda d, x: torch.constant_pad_nd(x, (1, 2), 0.5), dtypes=FP32)],
     **{
         f"atleast_{n}d": [
-            Sample(lambda d, x, f=getattr(torch, f"atleast_{n}d"): f(x), layouts=("sequences", "flat"), dtypes=FP32)
+            Sample(lambda d, x, f=f"atleast_{n}d": getattr(torch, f)(x), layouts=("sequences", "flat"), dtypes=FP32)
         ]
         for n in (1, 2, 3)
     },
@@ -167,8 +180,12 @@ SAMPLES = {
             tolerance=1e-4,
         )
     ],
-    "tril": [Sample(torch_tri, dtypes=FP32) for torch_tri in (lambda d, x: torch.tril(x), lambda d, x: torch.tril(x, 1))],
-    "triu": [Sample(torch_tri, dtypes=FP32) for torch_tri in (lambda d, x: torch.triu(x), lambda d, x: torch.triu(x, -1))],
+    "tril": [
+        Sample(torch_tri, dtypes=FP32) for torch_tri in (lambda d, x: torch.tril(x), lambda d, x: torch.tril(x, 1))
+    ],
+    "triu": [
+        Sample(torch_tri, dtypes=FP32) for torch_tri in (lambda d, x: torch.triu(x), lambda d, x: torch.triu(x, -1))
+    ],
     "diagonal": [
         Sample(lambda d, x: torch.diagonal(x, 0, d(0), d(1)), dtypes=FP32),
         Sample(lambda d, x: torch.diagonal(x, 1, d(0), d(-1)), layouts=FULL, dtypes=FP32),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass as _PlainTensors
 
-_Base = torch._C.TensorBase
+_Base: Any = torch._C.TensorBase
 
 
 class Autograd:

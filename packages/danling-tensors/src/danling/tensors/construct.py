@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ from danling.tensors.nested_tensor import (
     values_of,
     wrap,
 )
+
+# What is asked of every element: C functions, because thousands of elements are asked.
+_rank_of: Any = torch._C.TensorBase.dim
+_rows_of: Any = torch._C.TensorBase.__len__  # type: ignore[attr-defined]
+_shape_of, _dtype_of = attrgetter("shape"), attrgetter("dtype")
+_on_cpu, _device_of = attrgetter("is_cpu"), attrgetter("device")
 
 
 class Shapes(tuple):
@@ -99,6 +106,21 @@ def _element(item: Any) -> Tensor:
     return torch.as_tensor(item)
 
 
+def _sequences(elements: Sequence[Tensor], batch_first: bool) -> tuple[Tensor, Layout] | None:
+    """The common case at the cost of one `torch.cat`: CPU tensors that differ in dim 0 at most.
+
+    `cat` compares the other sizes and devices and promotes dtypes itself. `None` where it refuses, or where an element
+    is a scalar or of another rank: the general way then finds out why.
+    """
+    if len(set(map(_rank_of, elements))) != 1 or elements[0].dim() == 0 or not elements[0].is_cpu:
+        return None
+    try:
+        values = torch.cat(elements)  # type: ignore[arg-type]
+    except RuntimeError:
+        return None
+    return values, Layout.from_lengths(list(map(_rows_of, elements)), tuple(values.shape[1:]), 0, batch_first)
+
+
 def build(
     tensors: tuple[Any, ...],
     dtype: torch.dtype | None,
@@ -118,34 +140,31 @@ def build(
         layout = source._layout.replace(batch_first=batch_first)
         return _finish(values, layout, flags, dtype, device, requires_grad, pin_memory)
     elements: Sequence[Tensor] = _items(tensors)
-    plain = True
-    for item in elements:
-        if type(item) is not Tensor:
-            plain = False
-            break
-    if not plain:
+    if set(map(type, elements)) != {Tensor}:
         elements = [_element(item) for item in elements]
+    elif dtype is None and device is None and ragged_dims is None and requires_grad is not False:
+        packed = _sequences(elements, batch_first)
+        if packed is not None:
+            return _finish(*packed, flags, None, None, requires_grad, pin_memory)
     if not elements:
         ragged = check_ragged(ragged_dims, 1 if ragged_dims not in (None, ()) else 0) or ()
         layout = Layout(Segments(torch.empty(0, len(ragged), dtype=torch.int64)), ragged, (), batch_first)
         values = torch.empty(0, dtype=dtype, device=device)
         return _finish(values, layout, flags, None, None, requires_grad, pin_memory)
-    shapes = [t.shape for t in elements]
+    shapes = list(map(_shape_of, elements))  # attribute by attribute: thousands of elements cost their C calls only
     rank = len(shapes[0])
-    for i, shape in enumerate(shapes):
-        if len(shape) != rank:
-            raise ValueError(f"elements have different ranks: element 0 has {rank} dims, element {i} has {len(shape)}")
+    if len(set(map(len, shapes))) > 1:
+        i = next(i for i, shape in enumerate(shapes) if len(shape) != rank)
+        raise ValueError(f"elements have different ranks: element 0 has {rank} dims, element {i} has {len(shapes[i])}")
     ragged, static = structure_of(shapes, rank, check_ragged(ragged_dims, rank))
-    first_device = elements[0].device
-    if device is None:
-        for i, t in enumerate(elements):
-            if t.device != first_device:
-                raise ValueError(
-                    f"elements are on different devices: element 0 on {first_device}, element {i} on {t.device}; "
-                    "give device="
-                )
+    if device is None and not all(map(_on_cpu, elements)) and len(set(map(_device_of, elements))) > 1:
+        first = elements[0].device
+        i = next(i for i, t in enumerate(elements) if t.device != first)
+        raise ValueError(
+            f"elements are on different devices: element 0 on {first}, element {i} on {elements[i].device}; give device="
+        )
     kind = elements[0].dtype
-    kinds = {t.dtype for t in elements}
+    kinds = set(map(_dtype_of, elements))
     if len(kinds) > 1 or dtype is not None:
         for other in kinds:
             kind = torch.promote_types(kind, other)
@@ -400,7 +419,7 @@ def from_concatenated(concat: Tensor, shapes: Sequence[Sequence[int]], **ctor: A
     return _finish(values, layout, settings["flags"], **settings["finish"])
 
 
-def from_torch_nested(t: Tensor, **ctor: Any) -> NestedTensor:
+def from_torch_nested(t: Any, **ctor: Any) -> NestedTensor:
     """A NestedTensor from PyTorch's own; see `NestedTensor.from_torch_nested`."""
     if isinstance(t, NestedTensor) or not getattr(t, "is_nested", False):
         raise TypeError(f"from_torch_nested needs a torch.nested tensor, got {type(t).__name__}")
@@ -470,7 +489,7 @@ def nested_like(x: NestedTensor, tensor: Tensor, strict: bool = True) -> NestedT
     extents = int64_tensor([size for d, size in enumerate(tensor.shape) if d != batch_dim])
     sizes = torch.minimum(layout.sizes, extents)
     ragged = layout.ragged_dims
-    static = tuple(int(min(size, extents[d])) for d, size in zip(layout.static_dims, layout.static_sizes))
+    static = tuple(min(size, int(extents[d])) for d, size in zip(layout.static_dims, layout.static_sizes))
     kept = Layout(Segments(sizes[:, list(ragged)].contiguous()), ragged, static, layout.batch_first)
     for d, size in zip(kept.static_dims, static):
         tensor = tensor.narrow(kept.shape_dim(d), 0, size)

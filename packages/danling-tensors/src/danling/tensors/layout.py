@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -31,36 +32,59 @@ class Segments:
         table: The same numbers as one flat Python list, when the caller has them at hand.
     """
 
-    __slots__ = ("batch_size", "k", "sizes", "rows", "max_sizes", "offsets", "_table", "_hash", "_cache")
+    __slots__ = ("batch_size", "k", "rows", "max_sizes", "_sizes", "_offsets", "_table", "_hash", "_cache")
 
-    def __init__(self, sizes: Tensor, table: list[int] | None = None) -> None:
-        self.sizes = sizes
-        self.batch_size, self.k = sizes.shape
+    max_sizes: tuple[int, ...]
+
+    def __init__(self, sizes: Tensor | None, table: list[int] | None = None) -> None:
+        # With one ragged dim the Python list alone is enough; tensors are made when asked for.
+        self._sizes = sizes
+        self._offsets: Tensor | None = None
         self._table = table
         self._hash: int | None = None
         self._cache: dict[Any, Any] = {}
+        if sizes is None:
+            assert table is not None
+            self.batch_size, self.k = len(table), 1
+        else:
+            self.batch_size, self.k = sizes.shape
         if self.k == 0:
             self.rows = self.batch_size
-            self.max_sizes: tuple[int, ...] = ()
-            self.offsets = torch.arange(self.batch_size + 1)
-            return
-        offsets = torch.zeros(self.batch_size + 1, dtype=_INT64)
-        table = self.table
-        if self.k == 1:
+            self.max_sizes = ()
+        elif self.k == 1:
+            table = self.table
             self.rows = sum(table)
-            self.max_sizes = (max(table, default=0),)
-            torch.cumsum(sizes[:, 0], 0, out=offsets[1:])
+            self.max_sizes = (max(table) if table else 0,)
         else:
-            torch.cumsum(sizes.prod(1), 0, out=offsets[1:])
-            self.rows = int(offsets[-1])
+            table = self.table
+            self.rows = int(self.offsets[-1])
             self.max_sizes = tuple(max(table[j :: self.k], default=0) for j in range(self.k))
-        self.offsets = offsets
+
+    @property
+    def sizes(self) -> Tensor:
+        """CPU int64 `(B, k)`."""
+        if self._sizes is None:
+            self._sizes = int64_tensor(self.table).view(-1, 1)
+        return self._sizes
+
+    @property
+    def offsets(self) -> Tensor:
+        """CPU int64 `(B+1,)`: rows before each element."""
+        if self._offsets is None:
+            with torch.inference_mode(False), torch.no_grad():
+                if self.k == 0:
+                    self._offsets = torch.arange(self.batch_size + 1)
+                else:
+                    self._offsets = torch.zeros(self.batch_size + 1, dtype=_INT64)
+                    torch.cumsum(self.sizes.prod(1), 0, out=self._offsets[1:])
+        return self._offsets
 
     @property
     def table(self) -> list[int]:
         """All sizes as one flat list, element by element."""
         if self._table is None:
-            self._table = self.sizes.flatten().tolist()
+            assert self._sizes is not None
+            self._table = self._sizes.flatten().tolist()
         return self._table
 
     @property
@@ -188,7 +212,7 @@ class Layout:
     rank: int
     shape: torch.Size
     last_static: bool
-    _sizes: Tensor | None
+    _sizes: Any
     _derived: dict[Any, Any]
     _equal: Any
 
@@ -371,7 +395,7 @@ class Layout:
         lengths: list[int], static_sizes: tuple[int, ...] = (), ragged_dim: int = 0, batch_first: bool = True
     ) -> Layout:
         """Layout with one ragged dim, from Python lengths."""
-        segments = Segments(int64_tensor(lengths).view(-1, 1), list(lengths))
+        segments = Segments(None, lengths)
         return Layout(segments, (ragged_dim,), tuple(static_sizes), batch_first)
 
     @staticmethod
@@ -382,7 +406,7 @@ class Layout:
         k = len(ragged_dims)
         if k == 1:
             d = ragged_dims[0]
-            table = [shape[d] for shape in shapes]
+            table = list(map(itemgetter(d), shapes))
         else:
             table = [shape[d] for shape in shapes for d in ragged_dims]
         sizes = int64_tensor(table).view(len(shapes), k) if k else torch.empty(len(shapes), 0, dtype=_INT64)

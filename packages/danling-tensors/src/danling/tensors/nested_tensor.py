@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from danling.tensors.layout import Layout
 from danling.tensors.ops.table import TABLE, call_with_out, resolve
 from danling.tensors.serialization import Serialization
 
-_Base = torch._C.TensorBase
+_Base: Any = torch._C.TensorBase
 _as_subclass = _Base.as_subclass
 _base_requires_grad = _Base.requires_grad.__get__
 _grad_enabled = torch.is_grad_enabled
@@ -113,12 +114,8 @@ def structure_of(
         return (), ()
     head_only = ragged_dims is None or ragged_dims == (0,)
     if head_only:
-        tail = first[1:]
-        for shape in shapes:
-            if shape[1:] != tail:
-                break
-        else:
-            return (0,), tuple(tail)
+        if all(len(set(map(itemgetter(d), shapes))) == 1 for d in range(1, rank)):
+            return (0,), tuple(first[1:])
     varying = tuple(d for d in range(rank) if len({shape[d] for shape in shapes}) > 1)
     if ragged_dims is None:
         ragged_dims = varying
@@ -152,7 +149,7 @@ def fill_tensor(value: Any, dtype: torch.dtype) -> Tensor:
         ValueError: The dtype cannot hold the value.
     """
     key = (value, type(value), dtype)
-    found = _fills.get(key)
+    found: Any = _fills.get(key)
     if found is None:
         try:
             found = torch.tensor(value, dtype=dtype)
@@ -238,7 +235,7 @@ def shape_element(rows: Tensor, layout: Layout, i: int) -> Tensor:
     return out.permute(inverse) if inverse != list(range(layout.rank)) else out
 
 
-class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):
+class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type: ignore[override]
     """A batch of tensors of one rank and different sizes, stored packed: no padding, exact gradients.
 
     `.shape` is the padded shape `(B, *element)`; dims given to torch functions mean what they mean on that shape, and
@@ -322,7 +319,9 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):
         return rule(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         # Below autograd a NestedTensor is its values: the engine adds gradients, and makes views of what a custom
         # function returns as it is.
         out = func(*_bare(args), **_bare(kwargs or {}))
@@ -583,7 +582,7 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):
     def __contains__(self, item: Any) -> bool:
         return bool((self._values == item).any())
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         elements = self.detach().unbind()
         count = len(elements)
         shown = elements if count <= 10 else elements[:5]

@@ -35,19 +35,19 @@ def cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @register("cast", "type")
-def type_(func: Any, x: NestedTensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+def type_(func: Any, x: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is None:
         return values_of(x).type()
     return cast(func, x, dtype, *args, **kwargs)
 
 
 @register("cast", "detach")
-def detach(func: Any, x: NestedTensor) -> Any:
+def detach(func: Any, x: Any) -> Any:
     return x.detach_() if names(func) == "detach_" else x.detach()
 
 
 @register("cast", "share_memory_")
-def share_memory(func: Any, x: NestedTensor) -> NestedTensor:
+def share_memory(func: Any, x: Any) -> Any:
     func(x._values)
     for tensor in (x._layout.offsets, x._layout.segments.sizes):
         func(tensor)
@@ -65,13 +65,13 @@ def ask(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @register("cast", "view_as_real")
-def view_as_real(func: Any, x: NestedTensor) -> NestedTensor:
+def view_as_real(func: Any, x: Any) -> Any:
     layout = x._layout
     return like(x, func(values_of(x)), layout.with_static((*layout.static_sizes, 2)))
 
 
 @register("cast", "view_as_complex")
-def view_as_complex(func: Any, x: NestedTensor) -> NestedTensor:
+def view_as_complex(func: Any, x: Any) -> Any:
     layout = x._layout
     if layout.rank == 0 or layout.rank - 1 in layout.ragged_dims:
         raise ValueError("view_as_complex needs a static last dim of size 2")
@@ -79,21 +79,19 @@ def view_as_complex(func: Any, x: NestedTensor) -> NestedTensor:
 
 
 @register("factory", *"zeros_like ones_like full_like empty_like rand_like randn_like randint_like".split())
-def same_structure(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> NestedTensor:
+def same_structure(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     _check_format(func, kwargs)
     kwargs.pop("memory_format", None)
     return like(x, func(x._values, *args, **kwargs))
 
 
 @register("factory", *"new_zeros new_ones new_full new_empty new_tensor new_empty_strided".split())
-def dense_new(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Tensor:
+def dense_new(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
     return func(x._values, *args, **kwargs)
 
 
 @register("factory", "multinomial")
-def multinomial(
-    func: Any, x: NestedTensor, num_samples: int, replacement: bool = False, *, generator: Any = None
-) -> Any:
+def multinomial(func: Any, x: Any, num_samples: int, replacement: bool = False, *, generator: Any = None) -> Any:
     layout = x._layout
     if layout.rank > 2:
         raise RuntimeError("multinomial takes elements of 1 or 2 dims")

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from danling.tensors.layout import Layout, Segments
-from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
+from danling.tensors.nested_tensor import values_of, wrap
 from danling.tensors.ops.base import like, names
 from danling.tensors.ops.rows import coords, flat_position, flat_values, owner
 from danling.tensors.ops.table import register
 
 
 @register("shape", "tril", "triu")
-def triangle(func: Any, x: NestedTensor, diagonal: int = 0) -> NestedTensor:
+def triangle(func: Any, x: Any, diagonal: int = 0) -> Any:
     layout, values = x._layout, values_of(x)
     if layout.rank < 2:
         raise RuntimeError(f"{names(func)}: input tensor must have at least 2 dimensions")
@@ -29,9 +29,7 @@ def triangle(func: Any, x: NestedTensor, diagonal: int = 0) -> NestedTensor:
 
 
 @register("shape", "diagonal", "diag", "linalg_diagonal")
-def diagonal(
-    func: Any, x: NestedTensor, offset: int = 0, dim1: int | None = None, dim2: int | None = None, **kw: Any
-) -> Any:
+def diagonal(func: Any, x: Any, offset: int = 0, dim1: int | None = None, dim2: int | None = None, **kw: Any) -> Any:
     layout = x._layout
     name = names(func)
     offset = kw.get("diagonal", offset)
@@ -75,14 +73,14 @@ def diagonal(
 
 
 @register("shape", "trace")
-def trace(func: Any, x: NestedTensor) -> Any:
+def trace(func: Any, x: Any) -> Any:
     if x._layout.rank != 2:
         raise RuntimeError(f"trace: expected a matrix, but got elements with {x._layout.rank} dims")
     return torch.sum(torch.diagonal(x, 0, x._layout.shape_dim(0), x._layout.shape_dim(1)), -1)
 
 
 @register("shape", "diag_embed", "diagflat")
-def diag_embed(func: Any, x: NestedTensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> NestedTensor:
+def diag_embed(func: Any, x: Any, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
     layout = x._layout
     if names(func) == "diagflat":
         if layout.rank != 1:
@@ -114,7 +112,7 @@ def diag_embed(func: Any, x: NestedTensor, offset: int = 0, dim1: int = -2, dim2
 
 
 @register("in-place", "fill_diagonal_")
-def fill_diagonal_(func: Any, x: NestedTensor, fill_value: Any, wrap: bool = False) -> NestedTensor:
+def fill_diagonal_(func: Any, x: Any, fill_value: Any, wrap: bool = False) -> Any:
     layout, values = x._layout, values_of(x)
     if layout.rank < 2:
         raise RuntimeError("dimensions must larger than 1")

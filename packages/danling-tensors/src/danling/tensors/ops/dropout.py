@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from danling.tensors import kernels
-from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
+from danling.tensors.nested_tensor import values_of, wrap
 from danling.tensors.ops.base import like, names
 from danling.tensors.ops.table import register
 
 
 @register("dropout", "dropout", "alpha_dropout", "native_dropout")
-def dropout(func: Any, input: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+def dropout(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     values = values_of(input)
     out = func(values, *args, **kwargs)
     if out is values:
@@ -26,7 +26,7 @@ def dropout(func: Any, input: NestedTensor, *args: Any, **kwargs: Any) -> Any:
 
 @register("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_alpha_dropout")
 def feature_dropout(
-    func: Any, input: NestedTensor, p: float = 0.5, training: bool = True, inplace: bool = False, **kwargs: Any
+    func: Any, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, **kwargs: Any
 ) -> Any:
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")

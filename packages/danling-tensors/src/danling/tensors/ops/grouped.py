@@ -15,9 +15,7 @@ from danling.tensors.ops.base import named_error
 _PROBE = 64
 
 
-def run_grouped(
-    fn: Callable[..., Any], *xs: Tensor, ragged: Sequence[int | None] | tuple[int, ...] | Any, like: NestedTensor
-) -> Any:
+def run_grouped(fn: Callable[..., Any], *xs: Tensor, ragged: Any, like: NestedTensor) -> Any:
     """Run `fn` on dense batches of equal-sized elements and put the results in element order.
 
     Args:

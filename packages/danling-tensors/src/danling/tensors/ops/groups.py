@@ -25,7 +25,7 @@ class Groups(NamedTuple):
 
     order: Tensor | None
     offsets: Tensor
-    count: int
+    count: int  # type: ignore[assignment]
     segments: Segments | None
     sizes: tuple[int, ...]
     position: Tensor
@@ -49,6 +49,16 @@ class Groups(NamedTuple):
                 order = self.on("order", device)
                 return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
             return getattr(self, name).to(device)
+
+    @property
+    def first_empty(self) -> int | None:
+        """The first group without rows, `None` when every group has some."""
+
+        def build() -> int | None:
+            found = (self.offsets.diff() == 0).nonzero()
+            return int(found[0]) if len(found) else None
+
+        return self.owner.memo(("first empty", self.key), build)
 
     def sort(self, values: Tensor) -> Tensor:
         """Rows in group order."""

@@ -413,7 +413,8 @@ def put(x: NestedTensor, where: Any, value: Any, accumulate: bool = False) -> No
 def getitem(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     name = names(func)
     if name == "select":
-        dim, i = kwargs.get("dim", args[0] if args else None), kwargs.get("index", args[-1] if args else None)
+        dim: Any = kwargs.get("dim", args[0] if args else None)
+        i: Any = kwargs.get("index", args[-1] if args else None)
         return _select(x, dim, i)
     if isinstance(x, NestedTensor):
         return read(x, args[0]) if name == "__getitem__" else write(x, *args)
@@ -428,7 +429,7 @@ def _select(x: NestedTensor, dim: int, i: int) -> Any:
 
 
 @register("indexing", "index_select")
-def index_select(func: Any, x: NestedTensor, dim: int, index: Tensor) -> Any:
+def index_select(func: Any, x: Any, dim: int, index: Tensor) -> Any:
     d = x._layout.element_dim(dim)
     if isinstance(index, NestedTensor):
         return x[(slice(None),) * (d + 1) + (index,)] if d is not None else x[index]
@@ -447,7 +448,7 @@ def masked_select(func: Any, x: Any, mask: Any) -> Tensor:
 
 
 @register("indexing", "masked_scatter")
-def masked_scatter(func: Any, x: NestedTensor, mask: Any, source: Tensor) -> NestedTensor:
+def masked_scatter(func: Any, x: Any, mask: Any, source: Tensor) -> Any:
     layout = x._layout
     keep = _mask_values(x, mask).expand(layout.rows, *layout.static_sizes)
     source = flat_values(source) if isinstance(source, NestedTensor) else source.reshape(-1)
@@ -461,7 +462,7 @@ def masked_scatter(func: Any, x: NestedTensor, mask: Any, source: Tensor) -> Nes
 
 
 @register("indexing", "nonzero", "argwhere", "nonzero_static")
-def nonzero(func: Any, x: NestedTensor, *, as_tuple: bool = False, **kwargs: Any) -> Any:
+def nonzero(func: Any, x: Any, *, as_tuple: bool = False, **kwargs: Any) -> Any:
     layout, values = x._layout, x._values
     at = coords(layout, values.device)
     element = owner(layout, values.device)
@@ -519,7 +520,7 @@ def _as_index(x: NestedTensor, index: Any) -> NestedTensor:
 
 
 @register("indexing", "gather", "take_along_dim")
-def gather(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+def gather(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     name = names(func)
     if name == "gather":
         dim, index = _dim_index(*args, **kwargs)
@@ -554,7 +555,7 @@ def _index_dim(indices: Any, dim: Any = None) -> tuple[Any, Any]:
 
 
 @register("indexing", "scatter", "scatter_add", "scatter_reduce")
-def scatter(func: Any, x: NestedTensor, dim: int, index: Any, *args: Any, **kwargs: Any) -> NestedTensor:
+def scatter(func: Any, x: Any, dim: int, index: Any, *args: Any, **kwargs: Any) -> Any:
     name = names(func).rstrip("_")
     src = args[0] if args else kwargs.pop("src", kwargs.pop("value", None))
     extra = args[1:]
@@ -570,7 +571,9 @@ def scatter(func: Any, x: NestedTensor, dim: int, index: Any, *args: Any, **kwar
     flat = values.reshape(-1)
     if isinstance(src, Tensor):
         src = src.expand(where.shape).reshape(-1)
-    base = {"scatter": torch.scatter, "scatter_add": torch.scatter_add, "scatter_reduce": torch.scatter_reduce}[name]
+    base: Any = {"scatter": torch.scatter, "scatter_add": torch.scatter_add, "scatter_reduce": torch.scatter_reduce}[
+        name
+    ]
     out = base(flat, 0, where.reshape(-1), src, *extra, **kwargs).view(values.shape)
     return _deliver(func, x, out)
 
@@ -586,7 +589,7 @@ def _covered(src: NestedTensor, index: NestedTensor, name: str) -> Tensor:
     return values_of(src).reshape(-1)[where]
 
 
-def _deliver(func: Any, x: NestedTensor, out: Tensor) -> NestedTensor:
+def _deliver(func: Any, x: Any, out: Tensor) -> Any:
     """The result, or `x` written in place for the `name_` form."""
     if names(func).endswith("_"):
         values_of(x).copy_(out)
@@ -595,7 +598,7 @@ def _deliver(func: Any, x: NestedTensor, out: Tensor) -> NestedTensor:
 
 
 @register("indexing", "index_add", "index_copy", "index_fill", "index_reduce")
-def index_along(func: Any, x: NestedTensor, dim: int, index: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
+def index_along(func: Any, x: Any, dim: int, index: Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
     layout = x._layout
     d = layout.element_dim(dim)
     if d is None:
@@ -622,7 +625,7 @@ def index_along(func: Any, x: NestedTensor, dim: int, index: Tensor, source: Any
     flat, at = values.reshape(-1), where.reshape(-1)
     if isinstance(given, Tensor) and name != "index_fill":
         given = given.expand(where.shape).reshape(-1)
-    base = {
+    base: Any = {
         "index_add": torch.index_add,
         "index_copy": torch.index_copy,
         "index_fill": torch.index_fill,
@@ -632,7 +635,7 @@ def index_along(func: Any, x: NestedTensor, dim: int, index: Tensor, source: Any
 
 
 @register("indexing", "index_put")
-def index_put(func: Any, x: NestedTensor, indices: Any, values: Any, accumulate: bool = False) -> NestedTensor:
+def index_put(func: Any, x: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
     out = x if names(func).endswith("_") else x.clone()
     index = tuple(slice(None) if i is None else i for i in indices)
     put(out, read(positions(x), index if len(index) > 1 else index[0]), values, accumulate)
@@ -640,7 +643,7 @@ def index_put(func: Any, x: NestedTensor, indices: Any, values: Any, accumulate:
 
 
 @register("indexing", "select_scatter", "slice_scatter", "diagonal_scatter")
-def part_scatter(func: Any, x: NestedTensor, src: Any, *args: Any, **kwargs: Any) -> NestedTensor:
+def part_scatter(func: Any, x: Any, src: Any, *args: Any, **kwargs: Any) -> Any:
     name = names(func)
     where = positions(x)
     if name == "select_scatter":
@@ -661,7 +664,7 @@ def _slice(x: NestedTensor, dim: int = 0, start: Any = None, end: Any = None, st
 
 
 @register("indexing", "take", "put", path="refused")
-def take(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+def take(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     raise ValueError(f"{names(func)} addresses padded positions; use .concat, gather or x[b, t]")
 
 

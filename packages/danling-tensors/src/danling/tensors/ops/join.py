@@ -122,13 +122,13 @@ def _cat_ragged(first: NestedTensor, tensors: Sequence[Tensor], d: int) -> Neste
     base, before = 0, torch.zeros_like(element)
     for p in parts:
         segments = p._layout.segments
-        own = segments.on("sizes", device)
-        here = (at[j] >= before) & (at[j] < before + own[:, j][element])
+        extents = segments.on("sizes", device)[element]
+        here = (at[j] >= before) & (at[j] < before + extents[:, j])
         inner = torch.zeros_like(element)
         for i in range(new.k):
-            inner = inner * own[:, i][element] + (at[i] - before if i == j else at[i])
+            inner = inner * extents[:, i] + (at[i] - before if i == j else at[i])
         row = torch.where(here, inner + segments.on("offsets", device)[element] + base, row)
-        before = before + own[:, j][element]
+        before = before + extents[:, j]
         base += segments.rows
     return like(first, values.index_select(0, row), head.replace(segments=new))
 
@@ -165,7 +165,7 @@ def _cat_static(first: NestedTensor, tensors: Sequence[Tensor], d: int) -> Neste
 
 
 @register("join", "stack")
-def stack(func: Any, tensors: Any, dim: int = 0) -> NestedTensor:
+def stack(func: Any, tensors: Any, dim: int = 0) -> Any:
     tensors = list(tensors)
     first = first_nested(*tensors)
     layout = first._layout
@@ -177,7 +177,7 @@ def stack(func: Any, tensors: Any, dim: int = 0) -> NestedTensor:
         raise ValueError(f"stack(dim={dim}) would put a dim at or before the batch")
     from danling.tensors.ops.broadcast import expand_dense
 
-    parts = []
+    parts: list[Tensor] = []
     for t in tensors:
         if isinstance(t, NestedTensor):
             if t._layout != layout:
@@ -189,7 +189,7 @@ def stack(func: Any, tensors: Any, dim: int = 0) -> NestedTensor:
 
 
 @register("join", "hstack", "vstack", "dstack", "column_stack")
-def hstack(func: Any, tensors: Any) -> NestedTensor:
+def hstack(func: Any, tensors: Any) -> Any:
     # Elements are stacked as torch stacks them; an element dim e is dim e + 1 of the batch.
     name = names(func)
     parts = []
@@ -215,7 +215,7 @@ def hstack(func: Any, tensors: Any) -> NestedTensor:
 
 
 @register("join", "split", "split_with_sizes", "hsplit", "vsplit", "dsplit", "chunk", "tensor_split")
-def split(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+def split(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     name = names(func)
     size, dim = _split_arguments(name, *args, **kwargs)
     layout = x._layout
@@ -290,5 +290,5 @@ def _even(x: NestedTensor, d: int, count: int, column: Tensor, name: str) -> tup
 
 
 @register("join", "unbind")
-def unbind(func: Any, x: NestedTensor, dim: int | None = None) -> Any:
+def unbind(func: Any, x: Any, dim: int | None = None) -> Any:
     return x.unbind() if dim is None else x.unbind(dim)

@@ -39,7 +39,7 @@ def look_up(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @register("activation", "prelu")
-def prelu(func: Any, input: NestedTensor, weight: Tensor) -> NestedTensor:
+def prelu(func: Any, input: Any, weight: Tensor) -> Any:
     values = values_of(input)
     if weight.numel() == 1:
         return like(input, func(values, weight))
@@ -56,7 +56,7 @@ def prelu(func: Any, input: NestedTensor, weight: Tensor) -> NestedTensor:
 
 
 @register("activation", "glu")
-def glu(func: Any, input: NestedTensor, dim: int = -1) -> NestedTensor:
+def glu(func: Any, input: Any, dim: int = -1) -> Any:
     layout = input._layout
     d = layout.element_dim(dim)
     if d is None or d in layout.ragged_dims:
@@ -66,7 +66,7 @@ def glu(func: Any, input: NestedTensor, dim: int = -1) -> NestedTensor:
 
 
 @register("unary", "fake_quantize_per_channel_affine")
-def fake_quantize_per_channel(func: Any, input: NestedTensor, scale: Any, zero: Any, axis: int, *args: Any) -> Any:
+def fake_quantize_per_channel(func: Any, input: Any, scale: Any, zero: Any, axis: int, *args: Any) -> Any:
     layout = input._layout
     d = layout.element_dim(axis)
     if d is None or d in layout.ragged_dims:

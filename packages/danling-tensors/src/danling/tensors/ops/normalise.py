@@ -14,7 +14,7 @@ from danling.tensors.ops.groups import group_rows
 from danling.tensors.ops.table import register
 
 
-def softmax_over(func: Any, x: NestedTensor, dim: int, log: bool, dtype: torch.dtype | None = None) -> NestedTensor:
+def softmax_over(func: Any, x: Any, dim: int, log: bool, dtype: torch.dtype | None = None) -> Any:
     """Softmax (`log`: its logarithm) of every element along one of its dims."""
     layout = x._layout
     d = layout.element_dim(dim)
@@ -34,7 +34,7 @@ def softmax_over(func: Any, x: NestedTensor, dim: int, log: bool, dtype: torch.d
 
 
 @register("normaliser", "softmax", "log_softmax", "special_softmax", "special_log_softmax")
-def softmax(func: Any, input: NestedTensor, dim: Any = None, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
+def softmax(func: Any, input: Any, dim: Any = None, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
     if args and isinstance(args[-1], torch.dtype):
         dtype = args[-1]
     if dim is None:
@@ -43,7 +43,7 @@ def softmax(func: Any, input: NestedTensor, dim: Any = None, *args: Any, dtype: 
 
 
 @register("normaliser", "softmin")
-def softmin(func: Any, input: NestedTensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+def softmin(func: Any, input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
     if dim is None:
         raise ValueError("softmin of a NestedTensor needs dim")
     return softmax_over(func, -input, dim, False, dtype)
@@ -63,7 +63,7 @@ def gumbel_softmax(
 
 
 @register("normaliser", "normalize")
-def normalize(func: Any, input: NestedTensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
+def normalize(func: Any, input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
     size = torch.linalg.vector_norm(input, p, dim, True)
     return input / size.clamp_min(eps)
 
@@ -83,7 +83,7 @@ def trailing_static(x: NestedTensor, normalized_shape: Any, name: str) -> None:
 
 
 @register("norm layers", "layer_norm", "native_layer_norm")
-def layer_norm(func: Any, input: NestedTensor, normalized_shape: Any, *args: Any, **kwargs: Any) -> Any:
+def layer_norm(func: Any, input: Any, normalized_shape: Any, *args: Any, **kwargs: Any) -> Any:
     layout = input._layout
     if len(normalized_shape) > 1 or not layout.last_static:
         trailing_static(input, normalized_shape, "layer_norm")
@@ -104,7 +104,7 @@ def _layer_norm(weight: Any = None, bias: Any = None, eps: float = 1e-5) -> tupl
 
 
 @register("norm layers", "rms_norm")
-def rms_norm(func: Any, input: NestedTensor, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
+def rms_norm(func: Any, input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
     trailing_static(input, normalized_shape, "rms_norm")
     return like(input, func(values_of(input), normalized_shape, weight, eps))
 
@@ -136,7 +136,7 @@ def _affine(out: Tensor, weight: Any, bias: Any, dim: int) -> Tensor:
 @register("norm layers", "batch_norm")
 def batch_norm(
     func: Any,
-    input: NestedTensor,
+    input: Any,
     running_mean: Any = None,
     running_var: Any = None,
     weight: Any = None,
@@ -158,7 +158,7 @@ def batch_norm(
 
 
 @register("norm layers", "group_norm", "instance_norm")
-def group_norm(func: Any, input: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+def group_norm(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     name = names(func)
     dim = channels(input, name)
     layout = input._layout

@@ -26,7 +26,7 @@ def sort_groups(groups: Groups, rows: Tensor, descending: bool = False) -> Tenso
     return by_value.gather(0, by_group)
 
 
-def _along(func: Any, x: NestedTensor, dim: int) -> tuple[Groups | None, int]:
+def _along(func: Any, x: Any, dim: int) -> tuple[Groups | None, int]:
     layout = x._layout
     d = layout.element_dim(dim)
     if d is None:
@@ -45,7 +45,7 @@ def _sorted(x: NestedTensor, groups: Groups, descending: bool) -> tuple[NestedTe
 
 
 @register("order", "sort", "argsort", "msort")
-def sort(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+def sort(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     name = names(func)
     dim, descending = _sort_arguments(*args, **kwargs)
     if name == "msort":
@@ -58,7 +58,7 @@ def sort(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
         best, index = _sorted(x, groups, descending)
     if name == "msort":
         return best
-    return index if name == "argsort" else torch.return_types.sort([best, index])  # type: ignore[attr-defined]
+    return index if name == "argsort" else torch.return_types.sort([best, index])  # type: ignore[arg-type]
 
 
 def _sort_arguments(*args: Any, dim: int = -1, descending: bool = False, stable: bool = False) -> tuple[int, bool]:
@@ -69,9 +69,9 @@ def _sort_arguments(*args: Any, dim: int = -1, descending: bool = False, stable:
 
 
 @register("order", "topk")
-def topk(func: Any, x: NestedTensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+def topk(func: Any, x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     groups, at = _along(func, x, dim)
-    kind = torch.return_types.topk  # type: ignore[attr-defined]
+    kind: Any = torch.return_types.topk
     if groups is None:
         out = func(values_of(x), k, at, largest, sorted)
         layout = x._layout.with_static(tuple(out[0].shape[1:]))
@@ -89,9 +89,9 @@ def _long_enough(groups: Groups, k: int, what: str) -> None:
 
 
 @register("order", "kthvalue")
-def kthvalue(func: Any, x: NestedTensor, k: int, dim: int = -1, keepdim: bool = False) -> Any:
+def kthvalue(func: Any, x: Any, k: int, dim: int = -1, keepdim: bool = False) -> Any:
     groups, _ = _along(func, x, dim)
-    kind = torch.return_types.kthvalue  # type: ignore[attr-defined]
+    kind: Any = torch.return_types.kthvalue
     plan = Plan(func, x, dim, keepdim)
     if groups is None:
         return kind([plan.finish(o) for o in func(values_of(x), k, plan.static[0])])
@@ -114,12 +114,12 @@ def _pick(plan: Plan, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @register("order", "median", "nanmedian")
-def median(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False) -> Any:
+def median(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     name = names(func)
     values = values_of(x)
     if dim is None:
         return func(values)
-    kind = getattr(torch.return_types, name)
+    kind: Any = getattr(torch.return_types, name)
     plan = Plan(func, x, dim, keepdim)
     if plan.groups is None:
         return kind([plan.finish(o) for o in func(values, 0 if plan.all_rows else plan.static[0])])
@@ -145,9 +145,9 @@ def _holes(plan: Plan, rows: Tensor) -> Tensor:
 
 
 @register("order", "mode")
-def mode(func: Any, x: NestedTensor, dim: int = -1, keepdim: bool = False) -> Any:
+def mode(func: Any, x: Any, dim: int = -1, keepdim: bool = False) -> Any:
     groups, _ = _along(func, x, dim)
-    kind = torch.return_types.mode  # type: ignore[attr-defined]
+    kind: Any = torch.return_types.mode
     plan = Plan(func, x, dim, keepdim)
     values = values_of(x)
     if groups is None:
@@ -174,7 +174,7 @@ def mode(func: Any, x: NestedTensor, dim: int = -1, keepdim: bool = False) -> An
 
 @register("order", "quantile", "nanquantile")
 def quantile(
-    func: Any, x: NestedTensor, q: Any, dim: Any = None, keepdim: bool = False, *, interpolation: str = "linear"
+    func: Any, x: Any, q: Any, dim: Any = None, keepdim: bool = False, *, interpolation: str = "linear"
 ) -> Any:
     if dim is None:
         return func(flat_values(x), q, interpolation=interpolation)
@@ -225,7 +225,7 @@ def quantile(
 @register("whole", "unique")
 def unique(
     func: Any,
-    x: NestedTensor,
+    x: Any,
     sorted: bool = True,
     return_inverse: bool = False,
     return_counts: bool = False,
@@ -241,7 +241,7 @@ def unique(
 
 
 @register("whole", "histc", "histogram")
-def histogram(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+def histogram(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(kwargs.get("weight"), NestedTensor):
         if kwargs["weight"]._layout != x._layout:
             raise ValueError("histogram: weight must have the structure of the input")

@@ -67,6 +67,9 @@ class Plan:
         only static dims are.
         """
         layout, keepdim = self.layout, self.keepdim
+        groups = self.groups
+        if groups is not None and groups.segments is None and not self.batch and not keepdim:
+            return out  # (B, *kept static) as it is
         extra = out.dim() - (0 if self.all_rows else 1) - (len(layout.static_sizes) - len(self.static))
         static = [size for j, size in enumerate(layout.static_sizes) if 1 + j not in self.static]
         kept = [d for d in layout.static_dims if d not in self.reduced]
@@ -126,9 +129,8 @@ class Plan:
             if self.all_rows and self.layout.rows == 0:
                 raise IndexError(f"{names(self.func)}: cannot reduce an empty batch, which has no identity")
             return
-        offsets = self.groups.offsets
-        if self.groups.count and bool((offsets[1:] == offsets[:-1]).any()):
-            i = int((offsets[1:] == offsets[:-1]).nonzero()[0])
+        i = self.groups.first_empty
+        if i is not None:
             if self.batch:
                 raise IndexError(f"{names(self.func)}: no element has position {i}, and there is no identity")
             with at_element(i):
@@ -145,7 +147,7 @@ class Plan:
 
 def run(
     func: Any,
-    x: NestedTensor,
+    x: Any,
     dim: Any,
     keepdim: bool,
     segment: Callable[[Plan, Tensor], Any],
@@ -199,9 +201,7 @@ def _cast(x: Tensor, dtype: torch.dtype | None) -> Any:
 
 
 @register("reduction", "sum", "nansum")
-def sum_(
-    func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None
-) -> Any:
+def sum_(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
     dim = axis if dim is None else dim
     settings = {} if dtype is None else {"dtype": dtype}
 
@@ -222,9 +222,7 @@ def segment_mean(plan: Plan, values: Tensor) -> Tensor:
 
 
 @register("reduction", "mean", "nanmean")
-def mean(
-    func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None
-) -> Any:
+def mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
     dim = axis if dim is None else dim
     settings = {} if dtype is None else {"dtype": dtype}
     if dtype is None and not (x.dtype.is_floating_point or x.dtype.is_complex):
@@ -242,7 +240,7 @@ def mean(
 
 
 @register("reduction", "any", "all", "count_nonzero")
-def truth(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, axis: Any = None) -> Any:
+def truth(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None) -> Any:
     dim = axis if dim is None else dim
     name = names(func)
 
@@ -296,7 +294,7 @@ def segment_extremum(plan: Plan, values: Tensor, largest: bool) -> Tensor:
 
 
 @register("reduction", "amax", "amin")
-def amax(func: Any, x: NestedTensor, dim: Any = (), keepdim: bool = False) -> Any:
+def amax(func: Any, x: Any, dim: Any = (), keepdim: bool = False) -> Any:
     largest = names(func) == "amax"
     plan = Plan(func, x, dim, keepdim)
     plan.need_values()
@@ -304,8 +302,8 @@ def amax(func: Any, x: NestedTensor, dim: Any = (), keepdim: bool = False) -> An
 
 
 @register("reduction", "aminmax")
-def aminmax(func: Any, x: NestedTensor, *, dim: Any = None, keepdim: bool = False) -> Any:
-    kind = torch.return_types.aminmax  # type: ignore[attr-defined]
+def aminmax(func: Any, x: Any, *, dim: Any = None, keepdim: bool = False) -> Any:
+    kind: Any = torch.return_types.aminmax
     if dim is None:
         return func(values_of(x))
     return kind([torch.amin(x, dim, keepdim), torch.amax(x, dim, keepdim)])
@@ -346,9 +344,9 @@ def max_(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return _max_dim(func, x, *args, **kwargs)
 
 
-def _max_dim(func: Any, x: NestedTensor, dim: Any, keepdim: bool = False) -> Any:
+def _max_dim(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
     name = names(func)
-    kind = getattr(torch.return_types, name)
+    kind: Any = getattr(torch.return_types, name)
     if not isinstance(dim, int):
         raise TypeError(f"{name}: dim must be an int, got {type(dim).__name__}")
     plan = Plan(func, x, dim, keepdim)
@@ -362,7 +360,7 @@ def _max_dim(func: Any, x: NestedTensor, dim: Any, keepdim: bool = False) -> Any
 
 
 @register("reduction", "argmax", "argmin")
-def argmax(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False) -> Any:
+def argmax(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     if dim is None:
         flat = x.flatten()
         return func(flat) if not keepdim else func(flat).reshape((1,) * x.dim())
@@ -374,7 +372,7 @@ def argmax(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False) -
 
 
 @register("reduction", "prod")
-def prod(func: Any, x: NestedTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def prod(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     settings = {} if dtype is None else {"dtype": dtype}
 
     def segment(plan: Plan, values: Tensor) -> Tensor:
@@ -399,7 +397,7 @@ def _safe_sqrt(x: Tensor) -> Tensor:
 
 
 @register("reduction", "var", "std", "var_mean", "std_mean")
-def var(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+def var(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     dim, keepdim, correction = _var_arguments(*args, **kwargs)
     name = names(func)
 
@@ -438,7 +436,7 @@ def _var_arguments(
 
 
 @register("reduction", "logsumexp")
-def logsumexp(func: Any, x: NestedTensor, dim: Any, keepdim: bool = False) -> Any:
+def logsumexp(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
     def segment(plan: Plan, values: Tensor) -> Tensor:
         wide = values.to(torch.get_default_dtype()) if not values.is_floating_point() else values
         if plan.static:
@@ -452,7 +450,7 @@ def segment_norm(plan: Plan, values: Tensor, order: float) -> Tensor:
     """Vector norm of each group."""
     wide = _wide(values).abs()
     if order == math.inf or order == -math.inf:
-        if order == math.inf and plan.groups is not None and bool((plan.groups.offsets.diff() == 0).any()):
+        if order == math.inf and plan.groups is not None and plan.groups.first_empty is not None:
             out = _norm_of_maybe_empty(plan, wide)
         else:
             out = segment_extremum(plan, wide, order > 0)
@@ -480,7 +478,7 @@ def _norm_of_maybe_empty(plan: Plan, wide: Tensor) -> Tensor:
 
 
 @register("reduction", "norm", "linalg_vector_norm", "linalg_norm")
-def norm(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+def norm(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     order, dim, keepdim, dtype = _norm_arguments(*args, **kwargs)
     name = names(func)
     if dtype is not None:
@@ -515,7 +513,7 @@ def _norm_arguments(
 
 @register("reduction", "linalg_matrix_norm")
 def matrix_norm(
-    func: Any, x: NestedTensor, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None
+    func: Any, x: Any, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None
 ) -> Any:
     layout = x._layout
     if dtype is not None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from danling.tensors import kernels
-from danling.tensors.nested_tensor import NestedTensor, values_of
+from danling.tensors.nested_tensor import values_of
 from danling.tensors.ops.base import batch_error, like, names
 from danling.tensors.ops.groups import Groups, group_rows
 from danling.tensors.ops.table import register
 
 
-def _groups(func: Any, x: NestedTensor, dim: int) -> tuple[Groups | None, int]:
+def _groups(func: Any, x: Any, dim: int) -> tuple[Groups | None, int]:
     """The groups of a ragged dim, or the dim of values of a static one."""
     layout = x._layout
     d = layout.element_dim(dim)
@@ -49,7 +49,7 @@ def doubling(groups: Groups, values: Tensor, combine: Callable[[Tensor, Tensor],
 
 
 @register("scan", "cumsum", "cumprod", "logcumsumexp")
-def cumulate(func: Any, x: NestedTensor, dim: int, *, dtype: Any = None) -> Any:
+def cumulate(func: Any, x: Any, dim: int, *, dtype: Any = None) -> Any:
     groups, at = _groups(func, x, dim)
     name = names(func).rstrip("_")
     values = values_of(x)
@@ -81,10 +81,10 @@ def cumulate(func: Any, x: NestedTensor, dim: int, *, dtype: Any = None) -> Any:
 
 
 @register("scan", "cummax", "cummin")
-def cummax(func: Any, x: NestedTensor, dim: int) -> Any:
+def cummax(func: Any, x: Any, dim: int) -> Any:
     groups, at = _groups(func, x, dim)
     name = names(func)
-    kind = getattr(torch.return_types, name)
+    kind: Any = getattr(torch.return_types, name)
     values = values_of(x)
     if groups is None:
         best, index = func(values, at)

@@ -44,7 +44,7 @@ def _ints(args: tuple[Any, ...]) -> list[int]:
 
 # Views.
 @register("shape", "view", "reshape")
-def view(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+def view(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if "dtype" in kwargs or (len(args) == 1 and isinstance(args[0], torch.dtype)):
         out = func(values_of(x), *args, **kwargs)
         return like(x, out, x._layout.with_static(tuple(out.shape[1:])))
@@ -227,7 +227,7 @@ def _static_runs_kept(layout: Layout, dims: tuple[int, ...], target: list[int], 
 
 
 @register("shape", "flatten", "ravel")
-def flatten(func: Any, x: NestedTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
+def flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     layout = x._layout
     ndim = layout.rank + 1
     start, end = start_dim % ndim, end_dim % ndim
@@ -256,7 +256,7 @@ def flatten(func: Any, x: NestedTensor, start_dim: int = 0, end_dim: int = -1) -
 
 
 @register("shape", "unflatten")
-def unflatten(func: Any, x: NestedTensor, dim: int, sizes: Any) -> Any:
+def unflatten(func: Any, x: Any, dim: int, sizes: Any) -> Any:
     layout = x._layout
     d = layout.element_dim(dim)
     if d is None:
@@ -331,7 +331,7 @@ def _exchange(layout: Layout, derived: Layout, numbers: list[int], device: torch
 
 
 @register("shape", "transpose", "t", "adjoint", "T", "mT", "H", "mH")
-def transpose(func: Any, x: NestedTensor, dim0: Any = None, dim1: Any = None, **kwargs: Any) -> NestedTensor:
+def transpose(func: Any, x: Any, dim0: Any = None, dim1: Any = None, **kwargs: Any) -> Any:
     dim0, dim1 = kwargs.get("axis0", dim0), kwargs.get("axis1", dim1)
     ndim = x._layout.rank + 1
     name = func.__self__.__name__ if names(func) == "__get__" else names(func)
@@ -352,12 +352,12 @@ def transpose(func: Any, x: NestedTensor, dim0: Any = None, dim1: Any = None, **
 
 
 @register("shape", "permute")
-def permute(func: Any, x: NestedTensor, *dims: Any, **kwargs: Any) -> NestedTensor:
+def permute(func: Any, x: Any, *dims: Any, **kwargs: Any) -> Any:
     return permute_dims(x, _ints((kwargs["dims"],) if "dims" in kwargs else dims), "permute")
 
 
 @register("shape", "movedim")
-def movedim(func: Any, x: NestedTensor, source: Any, destination: Any) -> NestedTensor:
+def movedim(func: Any, x: Any, source: Any, destination: Any) -> Any:
     ndim = x._layout.rank + 1
     src = [s % ndim for s in ([source] if isinstance(source, int) else source)]
     dst = [s % ndim for s in ([destination] if isinstance(destination, int) else destination)]
@@ -370,7 +370,7 @@ def movedim(func: Any, x: NestedTensor, source: Any, destination: Any) -> Nested
 
 # Size-1 dims.
 @register("shape", "squeeze")
-def squeeze(func: Any, x: NestedTensor, dim: Any = None) -> NestedTensor:
+def squeeze(func: Any, x: Any, dim: Any = None) -> Any:
     layout = x._layout
     if dim is None:
         gone = [d for d, size in zip(layout.static_dims, layout.static_sizes) if size == 1]
@@ -393,7 +393,7 @@ def squeeze(func: Any, x: NestedTensor, dim: Any = None) -> NestedTensor:
 
 
 @register("shape", "unsqueeze")
-def unsqueeze(func: Any, x: NestedTensor, dim: int) -> NestedTensor:
+def unsqueeze(func: Any, x: Any, dim: int) -> Any:
     layout = x._layout
     ndim = layout.rank + 2
     if not -ndim <= dim < ndim:
@@ -468,7 +468,7 @@ def like_static(x: NestedTensor, out: Tensor) -> NestedTensor:
 
 
 @register("shape", "repeat", "tile")
-def repeat(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> NestedTensor:
+def repeat(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     counts = _ints((kwargs.get("repeats", kwargs.get("dims")),) if kwargs else args)
     ndim = x._layout.rank + 1
     if len(counts) < ndim:
@@ -493,7 +493,7 @@ def repeat(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> NestedTenso
 
 
 @register("shape", "repeat_interleave")
-def repeat_interleave(func: Any, x: NestedTensor, repeats: Any, dim: Any = None, *, output_size: Any = None) -> Any:
+def repeat_interleave(func: Any, x: Any, repeats: Any, dim: Any = None, *, output_size: Any = None) -> Any:
     if dim is None:
         return func(flat_values(x), repeats)
     kind, at = _along(x, dim)
@@ -511,7 +511,7 @@ def repeat_interleave(func: Any, x: NestedTensor, repeats: Any, dim: Any = None,
 
 
 @register("shape", "flip", "fliplr", "flipud")
-def flip(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> NestedTensor:
+def flip(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     name = names(func)
     if name == "fliplr":
         dims = [1]
@@ -531,7 +531,7 @@ def flip(func: Any, x: NestedTensor, *args: Any, **kwargs: Any) -> NestedTensor:
 
 
 @register("shape", "roll")
-def roll(func: Any, x: NestedTensor, shifts: Any, dims: Any = None) -> NestedTensor:
+def roll(func: Any, x: Any, shifts: Any, dims: Any = None) -> Any:
     if dims is None or (isinstance(dims, (tuple, list)) and not dims):
         return from_flat(flat_values(x).roll(shifts), x._layout, x._flags)
     shifts = [shifts] if isinstance(shifts, int) else list(shifts)
@@ -549,7 +549,7 @@ def roll(func: Any, x: NestedTensor, shifts: Any, dims: Any = None) -> NestedTen
 
 
 @register("shape", "rot90")
-def rot90(func: Any, x: NestedTensor, k: int = 1, dims: Any = (0, 1)) -> NestedTensor:
+def rot90(func: Any, x: Any, k: int = 1, dims: Any = (0, 1)) -> Any:
     a, b = dims
     turns = k % 4
     if turns == 1:
@@ -562,7 +562,7 @@ def rot90(func: Any, x: NestedTensor, k: int = 1, dims: Any = (0, 1)) -> NestedT
 
 
 @register("shape", "narrow")
-def narrow(func: Any, x: NestedTensor, dim: int, start: Any, length: int) -> Any:
+def narrow(func: Any, x: Any, dim: int, start: Any, length: int) -> Any:
     start = int(start)
     kind, at = _along(x, dim)
     if kind == "batch":
@@ -606,7 +606,7 @@ def fixed_ragged(x: NestedTensor, j: int, size: int) -> Any:
 
 
 @register("shape", "diff")
-def diff(func: Any, x: NestedTensor, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+def diff(func: Any, x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
     parts = [p for p in (prepend, x, append) if p is not None]
     if len(parts) > 1:
         x = torch.cat(parts, dim)
@@ -621,7 +621,7 @@ def diff(func: Any, x: NestedTensor, n: int = 1, dim: int = -1, prepend: Any = N
 
 
 @register("shape", "unfold")
-def unfold(func: Any, x: NestedTensor, dimension: int, size: int, step: int) -> Any:
+def unfold(func: Any, x: Any, dimension: int, size: int, step: int) -> Any:
     kind, at = _along(x, dimension)
     if kind == "batch":
         raise ValueError("unfold along the batch dim would read padding; use .tensor")
@@ -641,7 +641,7 @@ def unfold(func: Any, x: NestedTensor, dimension: int, size: int, step: int) -> 
 
 
 @register("shape", "pad", "constant_pad_nd")
-def pad(func: Any, x: NestedTensor, pad: Any, mode: Any = "constant", value: Any = None) -> Any:
+def pad(func: Any, x: Any, pad: Any, mode: Any = "constant", value: Any = None) -> Any:
     if not isinstance(mode, str):
         mode, value = "constant", mode
     if mode != "constant":
@@ -706,7 +706,7 @@ def broadcast_tensors(func: Any, *xs: Any) -> Any:
 
 
 @register("shape", "sum_to_size")
-def sum_to_size(func: Any, x: NestedTensor, *size: Any) -> Any:
+def sum_to_size(func: Any, x: Any, *size: Any) -> Any:
     target = _ints(size)
     shape = list(x.shape)
     lead = len(shape) - len(target)
