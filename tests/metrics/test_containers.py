@@ -284,6 +284,17 @@ def test_stream_is_the_mean_of_batch_values():
     assert metrics.avg.acc == 0.25
 
 
+def test_members_may_be_updated_on_their_own():
+    metrics = StreamMetrics(F.binary_accuracy())
+    tasks = MultiTaskMetrics(a=metrics)
+    metrics.update(T([0.9]), T([1]))
+    assert metrics.avg.acc == tasks.avg.a.acc == 1.0
+    metrics["acc"].update(T([0.9]), T([0]))
+    assert metrics.avg.acc == tasks.avg.a.acc == 0.5
+    tasks.a = binary_metrics(F.binary_accuracy())
+    assert tasks.avg.dict() == {}
+
+
 def test_undefined_batches_weigh_nothing():
     metrics = StreamMetrics(F.binary_auroc(), bad=lambda p, t: float("nan"))
     metrics.update(T([0.9, 0.1]), T([1, 1]))

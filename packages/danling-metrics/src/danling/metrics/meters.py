@@ -381,7 +381,7 @@ class AverageMeters(Readable):
         if not isinstance(name, str):
             raise TypeError(f"names of meters are strings, got {type(name).__name__}")
         self._meters[name] = meter
-        self._version += 1
+        self._forget_reads()
 
     def __delitem__(self, name: str) -> None:
         del self._meters[name]
@@ -460,7 +460,7 @@ class AverageMeters(Readable):
 
     # reading
 
-    def _state_version(self) -> int:
+    def _current(self) -> int:
         return self._version + sum(m._version for m in self._meters.values())
 
     @property
@@ -478,9 +478,6 @@ class AverageMeters(Readable):
         """The weight of the last update by name."""
         return RoundDict({name: meter.n for name, meter in self._meters.items()})
 
-    def _local(self, kind: str) -> RoundDict:
-        return self._compute(kind)  # single meters may have been updated; they are cheap to read
-
     def _compute(self, kind: str) -> RoundDict:
         meters = self._meters
         if kind == "value":
@@ -496,13 +493,6 @@ class AverageMeters(Readable):
         return RoundDict({name: ratio(flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(totals)})
 
     # exchange
-
-    def _changed(self, kind: str) -> bool:
-        return self._synced.get(kind) != self._state_version()
-
-    def _exchange(self, kind: str) -> None:
-        super()._exchange(kind)
-        self._synced[kind] = self._state_version()
 
     def _describe(self) -> dict[str, Any] | None:
         if not self._meters:

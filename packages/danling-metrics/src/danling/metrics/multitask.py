@@ -102,7 +102,7 @@ class MultiTaskMetrics(Readable):
         if name == "aggregate":
             raise ValueError("'aggregate' is the key of the combined values and cannot name a task")
         self._tasks[name] = task
-        self._version += 1
+        self._forget_reads()
 
     def __getitem__(self, name: str) -> Any:
         return self._tasks[name]
@@ -201,11 +201,8 @@ class MultiTaskMetrics(Readable):
         """The weight of the last update by task."""
         return RoundDict({name: task.n for name, task in self._tasks.items()})
 
-    def _state_version(self) -> int:
-        return self._version + sum(task._version for task in self._tasks.values())
-
-    def _local(self, kind: str) -> RoundDict:
-        return self._compute(kind)
+    def _current(self) -> int:
+        return self._version + sum(task._current() for task in self._tasks.values())
 
     def _compute(self, kind: str) -> RoundDict:
         result = RoundDict()
@@ -251,13 +248,6 @@ class MultiTaskMetrics(Readable):
         return {task: float(given.get(task, 0.0)) for task in tasks}
 
     # exchange
-
-    def _changed(self, kind: str) -> bool:
-        return self._synced.get(kind) != self._state_version()
-
-    def _exchange(self, kind: str) -> None:
-        super()._exchange(kind)
-        self._synced[kind] = self._state_version()
 
     @property
     def _generation(self) -> int:  # type: ignore[override]

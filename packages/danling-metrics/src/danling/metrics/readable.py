@@ -67,13 +67,18 @@ class Readable:
         """`average()`"""
         return self.average()
 
+    def _current(self) -> int:
+        """Return a number that grows with every change; containers of meters add up those of their members."""
+        return self._version
+
     def _is_distributed(self) -> bool:
         return sync.world_size(self.distributed, self.group) > 1
 
     def _local(self, kind: str) -> Any:
         cached = self._cache.get(kind)
-        if cached is None or cached[0] != self._version:
-            cached = self._cache[kind] = (self._version, self._compute(kind))
+        version = self._current()
+        if cached is None or cached[0] != version:
+            cached = self._cache[kind] = (version, self._compute(kind))
         return _hand_out(cached[1])
 
     def _collective(self, kind: str, local: str) -> Any:
@@ -82,13 +87,13 @@ class Readable:
         self._exchange(kind)
         cached = self._cache.get(kind)
         if cached is None:
-            cached = self._cache[kind] = (self._version, self._compute(kind))
+            cached = self._cache[kind] = (self._current(), self._compute(kind))
         return _hand_out(cached[1])
 
     def _exchange(self, kind: str) -> None:
         """Exchange state with the other ranks; what was computed from an older exchange is dropped."""
         if sync.exchange(self, kind, self.group, self.device):  # type: ignore[arg-type]
-            self._synced[kind] = self._version
+            self._synced[kind] = self._current()
             self._cache.pop(kind, None)
 
     def _compute(self, kind: str) -> Any:
@@ -97,7 +102,7 @@ class Readable:
     # what the exchange asks
 
     def _changed(self, kind: str) -> bool:
-        return self._synced.get(kind) != self._version
+        return self._synced.get(kind) != self._current()
 
     def _check(self, kind: str) -> None:
         """Raise if the state cannot be read."""
@@ -107,6 +112,12 @@ class Readable:
 
     def _restart(self, generation: int) -> None:
         self._generation = generation
+
+    def _forget_reads(self) -> None:
+        """Drop cached values and earlier exchanges, after a member was replaced."""
+        self._version += 1
+        self._synced = {}
+        self._cache = {}
 
     def _touch(self) -> None:
         """Record a reset, merge or load: cached values and earlier exchanges no longer hold."""

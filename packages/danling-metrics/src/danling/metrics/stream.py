@@ -443,6 +443,9 @@ class StreamMetrics(Readable):
 
     # reading
 
+    def _current(self) -> int:
+        return self._version + sum(meter._version for meter in self._meters.values())
+
     @property
     def sum(self) -> RoundDict:
         """This rank's weighted sums by name."""
