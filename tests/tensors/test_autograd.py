@@ -235,6 +235,25 @@ def test_in_place_ops():
         NestedTensor(ELEMENTS[1:2]).mul_(NestedTensor(torch.ones(5, 4)))
 
 
+def test_made_without_grad_mode_and_used_with_it():
+    with torch.no_grad():
+        x, buffer = leaf(), torch.zeros_like(leaf())
+        late = NestedTensor(ELEMENTS).requires_grad_()
+    buffer.add_(x)
+    (Double.apply(buffer).concat.sum() + Double.apply(x).concat.sum() + Double.apply(late).concat.sum()).backward()
+    torch.testing.assert_close(x.grad.concat, torch.full((9, 4), 4.0))
+    torch.testing.assert_close(late.grad.concat, torch.full((9, 4), 2.0))
+
+
+def test_a_resized_element_keeps_what_was_computed_before():
+    x = leaf()
+    y = x * 2
+    z = Identity.apply(y)
+    y[0] = torch.zeros(5, 4)
+    (z.concat.sum() + y.concat.sum()).backward()
+    torch.testing.assert_close(x.grad.concat, torch.cat([torch.full((3, 4), 6.0), torch.full((6, 4), 8.0)]))
+
+
 @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 @pytest.mark.parametrize("foreach", [True, False])
 def test_optimisers_on_parameters(optimiser, foreach):

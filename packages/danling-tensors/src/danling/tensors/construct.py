@@ -199,6 +199,9 @@ def _finish(
         values = values.pin_memory()
     if requires_grad and not values.requires_grad:
         values = values.detach().requires_grad_()
+    if values.requires_grad and not torch.is_grad_enabled():
+        with torch.enable_grad():  # a view made without it would not be part of the graph later
+            return wrap(values, layout, flags)
     return wrap(values, layout, flags)
 
 

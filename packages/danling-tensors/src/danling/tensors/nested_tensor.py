@@ -76,7 +76,8 @@ def plain(x: Tensor) -> Tensor:
 
 def rebind(x: NestedTensor, values: Tensor, layout: Layout | None = None) -> NestedTensor:
     """Put other values (and another layout) under an existing NestedTensor, for everyone who holds it."""
-    fresh = wrap(values, x._layout if layout is None else layout, x._flags)
+    with torch.enable_grad():  # a view made without it would not be part of the graph later
+        fresh = wrap(values, x._layout if layout is None else layout, x._flags)
     torch._C._swap_tensor_impl(x, fresh)
     x._values, x._layout = fresh._values, fresh._layout
     return x

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from danling.tensors.layout import Layout
-from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
+from danling.tensors.nested_tensor import NestedTensor, rebind, values_of, wrap
 from danling.tensors.ops.broadcast import align
 from danling.tensors.ops.table import register
 
@@ -42,10 +42,17 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         return _general(func, args, kwargs)
     if out is values:
-        return x
+        return written(x)
     if type(out) is Tensor:
         return wrap(out, layout, x._flags)
     return rewrap(out, layout, x._flags)
+
+
+def written(x: NestedTensor) -> NestedTensor:
+    """`x` after an in-place op: joined to the graph anew, should it have been made outside of one."""
+    if x._values.requires_grad and torch.is_grad_enabled():
+        rebind(x, x._values)
+    return x
 
 
 def rewrap(out: Any, layout: Layout, flags: Any) -> Any:
@@ -87,7 +94,7 @@ def _general(func: Any, args: Any, kwargs: Any) -> Any:
     if isinstance(out, Tensor):
         for operand, value in zip(operands, values):
             if out is value and isinstance(operand, NestedTensor) and out is operand._values:
-                return operand
+                return written(operand)
     return rewrap(out, layout, first._flags)
 
 
