@@ -70,6 +70,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, 
     guarantees: ClassVar[frozenset[int]] = frozenset()
     axes: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[str]] = frozenset()
+    agreed: tuple[bool, bool]  # what several ranks last agreed on: stop, save
     stack_reason: str = "the class is fixed to it"
     summary_writer: ClassVar[Callable[..., Any] | None] = None  # makes TensorBoard's writer; None writes scalars alone
 
@@ -302,6 +303,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, 
         with self._ending():
             self._check_trainable(train_splits, evaluate_splits)
             self._loop = Loop(self, train_splits, evaluate_splits)
+            self.agreed = (False, False)
             if self._loop.complete and self.train_state.phase != "evaluate":
                 self.logger.info("nothing to train: the budget is used up (%s)", self._where())
                 self.train_state.phase = "done"

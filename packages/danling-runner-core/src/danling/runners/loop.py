@@ -1,8 +1,9 @@
 """The one loop behind epoch mode and step mode: windows, boundaries, triggers.
 
 Epochs follow one another, each running the train splits in order; epoch mode ends after a number of epochs, step mode
-after a number of updates, wherever in a pass that is. Everything else (logging, evaluation, result rows, schedulers, early stop, checkpoints,
-stopping) happens at *boundaries*: the instants after a window when nothing is half done. The order at a boundary is
+after a number of updates, wherever in a pass that is. Everything else (logging, evaluation, result rows, schedulers,
+early stop, checkpoints, stopping) happens at *boundaries*: the instants after a window when nothing is half done. The
+order at a boundary is
 
     window → update → ``step`` event → log → evaluate → row, score, scheduler, patience → checkpoint → stop check
 

@@ -7,9 +7,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from danling.runners.errors import ConfigError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from danling.runners.errors import ConfigError
 
 
 class _Checkpointed:

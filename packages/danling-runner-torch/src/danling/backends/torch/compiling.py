@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from danling.runners.errors import ConfigError
 from torch import nn
+
+from danling.runners.errors import ConfigError
 
 _ARTIFACTS = "compile-cache.bin"
 _ARGUMENTS = ("backend", "mode", "fullgraph", "dynamic", "options")

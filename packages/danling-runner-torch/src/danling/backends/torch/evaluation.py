@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -30,6 +31,7 @@ class Evaluation(_Host):
 
     split: Any
     mode: Any
+    _clock: Any
 
     @property
     def evaluation_model(self) -> Any:
@@ -76,6 +78,7 @@ class Evaluation(_Host):
         total = length if steps is None or length is None else min(steps, length)
         bar = self.console.bar
         bar.start_evaluation(split, total)
+        begun = time.perf_counter()
         try:
             with self._aside(RunnerMode.EVALUATE, split):
                 done = 0
@@ -87,6 +90,8 @@ class Evaluation(_Host):
                     crash_point("evaluate.batch")
         finally:
             bar.end_evaluation()
+            started, *counts = self._clock
+            self._clock = (started + time.perf_counter() - begun, *counts)  # no part of the time per update
         values = plain_metrics(meters.average() if self._agree_on_names(meters) else {})
         if not values and metrics is None or (done == 0 and not self.distributed):
             self.logger.warning("the evaluation of %r saw no batch", split)

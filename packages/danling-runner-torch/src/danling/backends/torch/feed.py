@@ -56,6 +56,7 @@ class Feed:
 
     def __enter__(self) -> Feed:
         runner, position = self.runner, self._position
+        runner.start_clock()
         self._rng: Any = capture_rng(runner.device)
         try:
             if self.sampler is not None:

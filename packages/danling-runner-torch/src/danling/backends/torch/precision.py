@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+
 from danling.runners.errors import ConfigError
 
 _NAMES = {

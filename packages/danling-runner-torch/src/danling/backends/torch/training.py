@@ -246,7 +246,7 @@ class Training(_Host):
     # Log points
 
     def start_clock(self) -> None:
-        """Begin to measure speed from here; evaluations and saves between log points are left out."""
+        """Begin to measure speed from here."""
         self._clock = (
             time.perf_counter(),
             self.train_state.global_step,
