@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from tensors.oracle.sample import KINDS, Sample
 
+from danling.tensors import NestedTensor
+
 FP32 = (torch.float32,)
 ROWS = ("sequences", "batch_second", "two_ragged", "single", "equal", "empty_element")
 ALL = (*ROWS, "channel_first", "empty_batch")
@@ -74,7 +76,25 @@ def rowwise(func, *kinds, layouts=LINES, **settings):
     ]
 
 
+CLASSIFIER = torch.linspace(-1, 1, 20, dtype=torch.float64).sin().reshape(5, 4)
+
+
+def ctc(d, x):
+    """CTC of one label per element; the label is the same for all of them."""
+    scores = torch.log_softmax(x, d(-1))
+    if isinstance(x, NestedTensor):
+        count = len(x)
+        return F.ctc_loss(scores, torch.ones(count, 1).long(), x.lengths, torch.ones(count).long(), reduction="none")
+    return F.ctc_loss(scores, torch.tensor([1]), torch.tensor(len(x)), torch.tensor(1), reduction="none")
+
+
+def linear_cross_entropy(x, y, **settings):
+    return F.linear_cross_entropy(x, CLASSIFIER.to(x.dtype), y, **settings)
+
+
 SAMPLES = {
+    "ctc_loss": [Sample(ctc, layouts=("sequences", "single", "equal"), dtypes=FP32)],
+    "linear_cross_entropy": rowwise(linear_cross_entropy, "normal", labels),
     "mse_loss": same(F.mse_loss, "normal", "normal"),
     "l1_loss": same(F.l1_loss, "normal", "normal"),
     "huber_loss": same(F.huber_loss, "normal", "normal", delta=0.5),

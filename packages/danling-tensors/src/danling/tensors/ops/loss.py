@@ -369,4 +369,3 @@ def ctc_loss(func: Any, *args: Any, **kwargs: Any) -> Tensor:
         layout = targets._layout.replace(batch_first=True)
         bound["targets"] = wrap(values_of(targets), layout, (0, False)).tensor
     return F.ctc_loss(**bound)
-
