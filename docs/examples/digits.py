@@ -1,5 +1,6 @@
 """Scanned digits: train a small convolutional network, keep checkpoints, continue where it stopped.
 
+Usage:
     python docs/examples/digits.py                                   # train
     python docs/examples/digits.py --auto_resume true --epochs 12    # go on for two more epochs
     python docs/examples/digits.py --help                            # every option
@@ -20,8 +21,7 @@ class Config(dl.RunnerConfig):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.experiment = "digits"
-        self.score_name = "acc"
+        self.experiment, self.score_name = "digits", "acc"
         self.optim.type, self.optim.lr, self.optim.weight_decay = "adamw", 5e-3, 1e-2
         self.scheduler.type, self.scheduler.final_lr = "cosine", 1e-4
         self.dataloader.batch_size = 32

@@ -105,7 +105,7 @@ def tensor(
         copied = copied.pin_memory() if pin_memory else copied
     else:
         copied = torch.tensor(data, dtype=dtype, device=device, pin_memory=pin_memory)
-    return mark(copied).requires_grad_(requires_grad)
+    return mark(copied).requires_grad_(requires_grad)  # type: ignore[return-value]
 
 
 def _copied(data: Any) -> Tensor:

@@ -121,9 +121,7 @@ class Distributed(_Host):
         seconds = comm.init_timeout_seconds or comm.train_timeout_seconds
         timeout = timedelta(seconds=seconds) if seconds else None
         if _base_store is None:
-            rendezvous = dist.rendezvous(
-                "env://", self.rank, self.world_size, timeout=timeout or timedelta(minutes=5)
-            )
+            rendezvous = dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout or timedelta(minutes=5))
             _base_store = next(iter(rendezvous))[0]
         _groups_made += 1
         store = dist.PrefixStore(f"danling/{self.state.elastic.restart_count}/{_groups_made}", _base_store)
