@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import multiprocessing
 import os
 import pickle
@@ -16,6 +15,7 @@ import pytest
 
 from danling.runners import BaseRunner, ConfigError, Runner, StackError
 from danling.runners.discovery import StackChoice
+from danling.runners.manifest import write_manifest
 from danling.runners.runner import combine
 
 ENGINES = """
@@ -202,8 +202,7 @@ def test_the_engine_of_the_checkpoint_is_taken_again(user, config, tmp_path):
     with user.Mine(config("toy")) as runner:
         directory = runner.checkpoint_dir / "epoch-1"
     directory.mkdir(parents=True)
-    manifest = {"format_version": 1, "kind": "full", "stack": "other", "global_step": 5, "files": {}}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(directory, {"kind": "full", "stack": "other", "global_step": 5}, {})
     from danling.runners.config import RunnerConfig
     from danling.runners.runner import _checkpoint_stack
 

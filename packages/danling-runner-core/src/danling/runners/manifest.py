@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .atomic import fsync_file, write_json
+from .atomic import dump_json, fsync_file, write_json
 from .crash import crash_point
 from .errors import CheckpointError, CheckpointNotFoundError
 
@@ -66,7 +66,9 @@ def write_manifest(
         The manifest.
     """
     manifest = {"format_version": FORMAT_VERSION, **header, "files": dict(sorted(files.items()))}
-    write_json(directory / MANIFEST, manifest, before_rename=lambda: crash_point("save.manifest_tmp"))
+    stored = json.loads(dump_json(manifest))
+    stored["checksum"] = _own_checksum(stored)
+    write_json(directory / MANIFEST, stored, before_rename=lambda: crash_point("save.manifest_tmp"))
     crash_point("save.manifest")
     return manifest
 
@@ -97,6 +99,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
         raise CheckpointError(f"checkpoint {directory}: the list of files in {MANIFEST} is damaged")
+    if manifest.pop("checksum", None) != _own_checksum(manifest):
+        raise CheckpointError(f"checkpoint {directory}: {MANIFEST} is damaged: it differs from its own checksum")
     from .atomic import restore_nonfinite
 
     try:
@@ -147,6 +151,12 @@ def require_whole(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if problems:
         raise CheckpointError(f"checkpoint {directory} is damaged: " + "; ".join(problems))
     return manifest
+
+
+def _own_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over the manifest itself, as sorted JSON, without the entry that holds it."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _is_entry(name: str, entry: Any) -> bool:
