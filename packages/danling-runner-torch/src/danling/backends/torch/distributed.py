@@ -90,8 +90,7 @@ class Distributed(_Host):
             RuntimeError: somebody else has made a process group already.
         """
         self.state.elastic.restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self._device = torch.device("cpu") if accelerator is None else torch.device(accelerator.type, self.local_rank)
+        self._device = self.choose_device()
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         if self.world_size == 1:
@@ -108,6 +107,11 @@ class Distributed(_Host):
         self._header = Header(_HEADER_SIZE, group=control)
         seed = self.choose_seed() if self.is_main_process else None
         self.workspace.timestamp, self.state.rng.seed = self.coordinator.broadcast_object((self.timestamp, seed))
+
+    def choose_device(self) -> torch.device:
+        """The accelerator of this rank, or the CPU."""
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, self.local_rank)
 
     def _make_group(self) -> None:
         global _base_store, _groups_made

@@ -137,8 +137,10 @@ class Training(_Host):
             self.backward_nothing(loss)
             return
         factor = window.factor
-        if factor is not None:
-            loss = loss * factor
+        self.backpropagate(loss if factor is None else loss * factor)
+
+    def backpropagate(self, loss: Tensor) -> None:
+        """Backpropagate a loss that has its factor, scaled for fp16."""
         if self.grad_scaler is not None:
             loss = self.grad_scaler.scale(loss)
         loss.backward()
