@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,11 @@ class Double(Tiny):
         self.model.double()
         for dataset in self.datasets.values():
             dataset.inputs = dataset.inputs.double()
+
+    def train_step(self, data):
+        if self.rank == 1 and self.train_state.micro_step == self.config.get("tiny", {{}}).get("poisoned"):
+            data = (data[0] * torch.nan, *data[1:])
+        return super().train_step(data)
 
 losses = []
 for overrides in json.loads(sys.argv[1]):
@@ -94,6 +100,14 @@ def test_two_ranks_stop_and_resume(tmp_path, script, second):
     resumed = run(tmp_path / "resumed", 2, script, first, {"stack": second, "auto_resume": True, **case})
     for one, other in zip(straight, resumed, strict=True):
         assert one["state"] == other["state"] and one["losses"] == other["losses"]
+
+
+@pytest.mark.parametrize("clipping", [{}, {"max_grad_norm": 1.0}], ids=["unclipped", "clipped"])
+def test_a_nonfinite_gradient_on_one_rank_is_skipped_by_both(tmp_path, script, clipping):
+    case = {**COMMON, **clipping, "tiny__poisoned": 2, "skip_nonfinite_grad": True, "dataloader__batch_size": 6}
+    two = run(tmp_path / "two", 2, script, {"stack": "accelerate", "epochs": 1, **case})
+    assert two[0]["state"] == two[1]["state"] and two[0]["state"]["train"]["skipped"] == 1
+    assert all(map(math.isfinite, flat(two[0]["state"]["model"])))
 
 
 @pytest.mark.parametrize("nproc", [1, 2])

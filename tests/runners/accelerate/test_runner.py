@@ -103,6 +103,31 @@ def test_nonfinite_gradients_are_skipped(tmp_path, clipping):
     assert flat(states[0]["model"]) == pytest.approx(flat(states[1]["model"]), rel=1e-9)
 
 
+def test_an_optimizer_and_a_scheduler_of_the_user(tmp_path):
+    def with_own(cls):
+        class Own(cls):
+            def __init__(self, config):
+                super().__init__(config)
+                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+                self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=3)
+
+        return Own
+
+    options = {"optim__type": None}
+    ours = run(with_own(Accelerated), tmp_path / "ours", **options)
+    assert ours == run(with_own(Plain), tmp_path / "theirs", **options)
+
+
+def test_a_model_with_nothing_to_train_is_evaluated(tmp_path):
+    class Frozen(Accelerated):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.requires_grad_(False)
+
+    with Frozen(tiny_config(tmp_path, optim__type=None)) as runner:
+        assert runner.evaluate_epoch("val")["loss"] > 0
+
+
 # Resuming
 
 
