@@ -160,6 +160,19 @@ def test_stopped_and_resumed_equals_straight(tmp_path, pair, update):
     assert interrupted(first, config, update, second) == (expected, losses)
 
 
+@pytest.mark.parametrize(
+    "how", [{"compile__enable": True, "compile__backend": "eager"}, {"accelerate": {"dynamo_backend": "eager"}}]
+)
+def test_compiled(tmp_path, how):
+    how = {**how, "tiny__dropout": 0.0, "epochs": 1, "stack": "accelerate"}
+    state, losses, _ = run(Tiny, tmp_path / "compiled", **how)
+    plain, expected, _ = run(Plain, tmp_path / "plain", tiny__dropout=0.0, epochs=1)
+    assert losses == pytest.approx(expected, rel=1e-6) and list(state["model"]) == list(plain["model"])
+    config = {**how, "epochs": 2, "resume": "latest"}
+    with Tiny(tiny_config(tmp_path / "compiled", **config)) as runner:
+        assert runner.global_step == 6 and set(runner.export_state()) == set(plain["model"])
+
+
 def test_names_are_those_of_the_module(tmp_path):
     with Accelerated(tiny_config(tmp_path, epochs=1, precision="bf16")) as runner:
         names = set(runner.export_state())
