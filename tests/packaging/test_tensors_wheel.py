@@ -114,7 +114,7 @@ def bare_environment(folder: Path, torch: str, python: str = sys.executable) -> 
 def smoke(interpreter: Path, wheel: Path) -> dict:
     run(UV, "pip", "install", "-q", "--no-deps", "--reinstall", "--python", interpreter, wheel, cwd=wheel.parent)
     output = run(interpreter, "-c", SMOKE, cwd=wheel.parent)
-    return json.loads(output.strip().splitlines()[-1])
+    return json.loads(next(line for line in output.splitlines() if line.startswith('{"torch"')))
 
 
 def files_of(wheel: Path) -> set[str]:

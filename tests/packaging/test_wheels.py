@@ -35,10 +35,7 @@ def wheels(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheels")
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(SETTINGS["constraint-dependencies"]))
-    uv(
-        "build", "--all-packages", "--wheel", "--no-sources", "--build-constraints", str(constraints),
-        "-o", str(folder), cwd=ROOT,
-    )  # fmt: skip
+    uv("build", "--all-packages", "--wheel", "--no-sources", "-o", str(folder), cwd=ROOT)
     for wheel in sorted(folder.glob("*.whl")):
         print(f"{wheel.name}  {wheel.stat().st_size / 1024:.0f} KiB")
     return folder

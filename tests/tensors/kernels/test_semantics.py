@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -160,7 +162,8 @@ def test_threads_do_not_change_a_bit() -> None:
 def test_more_than_two_to_the_31_values() -> None:
     rows = 2**31 + 8
     try:
-        free = int(next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1]) * 1024
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
     except (OSError, StopIteration):
         free = 0
     if free < 4 * rows:
