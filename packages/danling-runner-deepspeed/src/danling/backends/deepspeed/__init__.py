@@ -1,4 +1,4 @@
-"""DeepSpeed behind danling's runner.
+"""What danling's runner needs to know of DeepSpeed; the runner itself is not here yet.
 
 Importing this module does not import deepspeed. `usable` is what `stack: auto` asks before it chooses DeepSpeed.
 """
