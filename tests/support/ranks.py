@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+LAUNCHER = Path(__file__).with_name("rank.py")
+
 
 @dataclass
 class RankResult:
@@ -75,7 +77,7 @@ def run_ranks(
         logs = [open(Path(folder) / f"rank{rank}.log", "w+") for rank in range(nproc)]
         processes = [
             subprocess.Popen(
-                [sys.executable, str(path), *args],
+                [sys.executable, str(LAUNCHER), str(path), *args],
                 stdout=logs[rank],
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **rank_environment(rank, nproc, port), **(env or {})},
