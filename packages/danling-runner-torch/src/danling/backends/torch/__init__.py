@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .runner import TorchRunner
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .runner import TorchRunner
 
 __all__ = ["TorchRunner"]
 
@@ -10,3 +13,12 @@ __all__ = ["TorchRunner"]
 def usable() -> tuple[bool, str]:
     """Whether this stack works here, and why."""
     return True, "torch is installed"
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: other modules of this package, such as the conformance suite, need no runner and no torch.
+    if name == "TorchRunner":
+        from .runner import TorchRunner
+
+        return TorchRunner
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

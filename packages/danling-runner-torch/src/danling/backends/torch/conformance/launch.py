@@ -1,6 +1,6 @@
 """Runs a script as `python script.py ...` would, but leaves without taking the interpreter apart.
 
-    python tests/support/rank.py script.py [argument ...]
+    python -m danling.backends.torch.conformance.launch script.py [argument ...]
 
 torch aborts now and then ("terminate called without an active exception") when one of its gloo or autograd threads asks for
 the interpreter lock, to let go of a tensor of a Python type, while the interpreter is being finalised. That says nothing about
