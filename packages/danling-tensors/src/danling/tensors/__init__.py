@@ -19,6 +19,7 @@ from danling.tensors.collation import Collator, collate, register_collate, unreg
 from danling.tensors.collation import enter_default as _enter_default
 from danling.tensors.layout import Layout
 from danling.tensors.nested_tensor import NestedTensor
+from danling.tensors.ops.flex import create_block_mask, flex_attention
 from danling.tensors.ops.table import (
     NestedTensorFallbackError,
     NestedTensorFallbackWarning,
@@ -42,6 +43,8 @@ __all__ = [
     "NestedTensorFallbackWarning",
     "PNTensor",
     "collate",
+    "create_block_mask",
+    "flex_attention",
     "kernels",
     "register_collate",
     "strict",

@@ -55,7 +55,8 @@ def as_rows(x: Any, name: str) -> NestedTensor:
         layout = x._layout
         if layout.rank < 2 or layout.ragged_dims not in ((layout.rank - 2,), ()):
             raise ValueError(
-                f"{name} must have its ragged dim at -2, got ragged_dims={layout.ragged_dims} of {layout.rank} element dims"
+                f"{name} must have its ragged dim at -2, got ragged_dims={layout.ragged_dims} of {layout.rank} element dims; "
+                "declare it with ragged_dims= where the batch is built"
             )
         if not layout.batch_first:
             raise ValueError(f"{name} has batch_first=False; use transpose(0, 1)")
