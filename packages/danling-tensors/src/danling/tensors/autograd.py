@@ -204,7 +204,8 @@ class Autograd:
         from danling.tensors.nested_tensor import NestedTensor, wrap
 
         layout, flags = self._layout, self._flags  # type: ignore[attr-defined]
-        return lambda grad: grad if isinstance(grad, NestedTensor) else wrap(grad, layout, flags)
+        # None: torch calls hooks of an output that no gradient came to, too.
+        return lambda grad: grad if grad is None or isinstance(grad, NestedTensor) else wrap(grad, layout, flags)
 
     def backward(
         self,
