@@ -132,14 +132,9 @@ class Building(_Host):
         Raises:
             ValueError: no model was assigned.
         """
-        if self.model is None:
-            raise ValueError(f"{type(self).__name__} has no model: assign `self.model` in __init__")
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
+        self.check_model()
         config = self.config
         self.model = self.model.to(self.device)
-        if isinstance(self.criterion, nn.Module):
-            self.criterion = self.criterion.to(self.device)
         if config.activation_checkpoint.enabled:
             options = config.activation_checkpoint
             apply_activation_checkpointing(self.model, options.module_classes, options.checkpoint_impl)
@@ -150,6 +145,24 @@ class Building(_Host):
             self._closing("compile", lambda: save_artifacts(config.compile.precompile_artifact_dir))
         self.model.train()
         self.wrap_model()
+        self.bind_criterion()
+
+    def check_model(self) -> None:
+        """Refuse to go on without a model.
+
+        Raises:
+            ValueError: none was assigned.
+            TypeError: it is no module.
+        """
+        if self.model is None:
+            raise ValueError(f"{type(self).__name__} has no model: assign `self.model` in __init__")
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
+
+    def bind_criterion(self) -> None:
+        """Bind criterion, the weights of losses, and metrics."""
+        if isinstance(self.criterion, nn.Module):
+            self.criterion = self.criterion.to(self.device)
         self.weigh = weight_rule(self.criterion, self._overridden_weight())
         self.weigh_evaluation = weight_rule(self.criterion, self._overridden_weight())
         if self.train_metrics is None:

@@ -202,7 +202,7 @@ class Feed:
             batches,
             [None if sums else weight for weight in weights],
             total=None if sums else header.weight,
-            degree=runner.data_degree,
+            degree=runner.loss_degree,
             fillers=real,
         )
         window.samples, window.tokens = header.samples, header.tokens
