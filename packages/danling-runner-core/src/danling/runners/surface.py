@@ -44,6 +44,11 @@ class Surface(_Host):
         return self.rank
 
     @property
+    def loss_degree(self) -> int:
+        """Ranks whose losses are averaged: those that read different data, or parts of the same samples."""
+        return self.data_degree
+
+    @property
     def distributed(self) -> bool:
         """Whether there is more than one process."""
         return self.world_size > 1

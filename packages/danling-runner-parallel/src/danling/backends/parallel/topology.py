@@ -15,10 +15,14 @@ DOMAINS: dict[str, tuple[str, ...]] = {
     "data": ("replicate", "shard"),
     "loss": ("replicate", "shard", "context"),
     "model": ("pipeline", "tensor", "expert", "expert_tensor"),
+    "stage": tuple(axis for axis in AXES if axis != "pipeline"),
     "all": AXES,
     **{axis: (axis,) for axis in AXES},
 }
-"""The axes each domain spans. `data` deals samples, `loss` averages losses and gradients, `model` is one replica."""
+"""The axes each domain spans.
+
+`data` deals samples, `loss` averages losses and gradients, `model` is one replica, `stage` holds the same part of the model.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,24 @@
+"""How models are split over the tensor, context and expert axes."""
+
+from .collectives import Axis, copy_in, exchange, gather_parts, join, own_randomness, sum_out, take_part
+from .packing import PackedShard, packed_parameters, to_rank_order, to_usual_order
+from .sequence import apply_context_plan, shard_context
+from .tensor import apply_tensor_plan
+
+__all__ = [
+    "Axis",
+    "PackedShard",
+    "apply_context_plan",
+    "apply_tensor_plan",
+    "copy_in",
+    "exchange",
+    "gather_parts",
+    "join",
+    "own_randomness",
+    "packed_parameters",
+    "shard_context",
+    "sum_out",
+    "take_part",
+    "to_rank_order",
+    "to_usual_order",
+]

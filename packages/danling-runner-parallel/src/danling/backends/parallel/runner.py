@@ -1,0 +1,426 @@
+"""`ParallelRunner`: one model over many ranks, along several axes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from danling.backends.torch import TorchRunner
+from danling.backends.torch.compiling import compile_model, load_artifacts, save_artifacts
+from danling.backends.torch.distributed import WindowHeader
+from danling.backends.torch.fp8 import convert_to_fp8
+from danling.backends.torch.payload import clean_name
+from danling.optim import OptimizerStep
+from danling.runners.errors import ConfigError
+from danling.runners.state import RunnerMode
+
+from .averaging import ShardedEMA
+from .checks import broadcast_state, check_replicas, materialize_meta
+from .context import ParallelContext
+from .parallelize import apply_plans
+from .sharding import data_mesh, shard_model, sharded_modules
+from .topology import AXES, ParallelTopology
+
+
+class ParallelRunner(TorchRunner):
+    """The engine for models that are replicated, sharded, cut into stages or split inside their layers.
+
+    `parallel.axes` lays the ranks out. `replicate` and `shard` are DistributedDataParallel and FSDP2; `tensor` and
+    `context` have built-in plans for torch's transformer layers; `pipeline` runs torch's schedules; everything else, the
+    expert axes among it, is done by the model's own `parallelize(ctx)`. An axis that nothing keeps in step is an error.
+    Checkpoints are sharded, and can be resumed with other `replicate`, `shard` and `context` degrees.
+
+    Claims every guarantee.
+
+    Attributes:
+        topology: degrees of the axes and the place of this rank.
+        parallel: meshes, groups and collectives of the axes.
+        model_parts: what this rank holds of the model: one module, or several stages.
+        pipeline_schedule: the schedule that runs the stages, None without a pipeline.
+    """
+
+    stack: ClassVar[str | None] = "parallel"
+    guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
+    axes: ClassVar[frozenset[str]] = frozenset(AXES)
+    features: ClassVar[frozenset[str]] = frozenset({"dcp", "fsdp"})
+
+    topology: ParallelTopology
+    parallel: ParallelContext
+    model_parts: list[Any]
+    pipeline: Any = None
+    pipeline_schedule: Any = None
+    _data_mesh: Any = None
+    _synchronises = True
+
+    # Construction
+
+    def check_config(self) -> None:
+        """Refuse, before anything is built, what this engine cannot honour.
+
+        Raises:
+            RuntimeError: there is only one process.
+            ConfigError: the axes do not fit the number of processes, or another key cannot be honoured.
+        """
+        super().check_config()
+        if self.world_size == 1:
+            raise RuntimeError(
+                "the parallel stack needs several processes, and WORLD_SIZE is 1: start it with torchrun "
+                "(torchrun --nproc-per-node 4 train.py ...), or use the torch stack"
+            )
+        if self.config.checkpoint.backend == "file":
+            raise ConfigError("checkpoint.backend: 'file' cannot hold sharded state; leave it at auto, or use dcp")
+        self.model_parts = []
+        self.topology = self.build_topology()
+
+    def build_topology(self) -> ParallelTopology:
+        """The layout of the ranks over the axes; the default reads `parallel.axes`.
+
+        Raises:
+            ConfigError: the degrees do not fit the number of processes.
+        """
+        return ParallelTopology(dict(self.config.parallel.axes), self.world_size, self.rank)
+
+    def init_distributed(self) -> None:
+        """Make the group as the torch stack does, then the meshes of all axes."""
+        super().init_distributed()
+        self.parallel = ParallelContext(self.topology, self.device.type)
+
+    @property
+    def device_mesh(self) -> Any:
+        """The mesh of all axes."""
+        return self.parallel.mesh
+
+    @property
+    def data_degree(self) -> int:
+        """Ranks that read different data."""
+        return self.topology.degree("data")
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank among those that read different data."""
+        return self.topology.index("data")
+
+    @property
+    def loss_degree(self) -> int:
+        """Ranks whose losses, on parts of a batch, are averaged."""
+        return self.topology.degree("loss")
+
+    @property
+    def pipeline_has_first_stage(self) -> bool:
+        """Whether this rank holds the stage that reads inputs."""
+        return self.pipeline is None or self.pipeline.has_first_stage
+
+    @property
+    def pipeline_has_last_stage(self) -> bool:
+        """Whether this rank holds the stage that computes losses."""
+        return self.pipeline is None or self.pipeline.has_last_stage
+
+    def describe_devices(self) -> str:
+        """Devices, world and layout, for the start summary."""
+        return f"{super().describe_devices()}, {self.topology.describe()}"
+
+    def set_seed(self, seed: int | None = None, bias: int | bool | None = None) -> int:
+        """Seed Python, NumPy, torch and the device.
+
+        Without a bias, ranks differ by their place in the `loss` domain and by stage; ranks that differ only in tensor or
+        expert coordinates hold the same activations and draw the same numbers.
+        """
+        if bias is None:
+            topology = self.topology
+            bias = topology.index("loss") + topology.degree("loss") * topology.coordinates["pipeline"]
+        return super().set_seed(seed, bias)
+
+    # Model
+
+    def setup_fp8(self) -> None:
+        """Nothing yet: layers are replaced after the model is split."""
+
+    def materialize_model(self) -> None:
+        """From the user's module to what trains on this rank.
+
+        Order: stages, device, plans of the layers, 8-bit layers, activation checkpointing, compile, FSDP2 or DDP,
+        schedule, EMA.
+
+        Raises:
+            ValueError: neither a model nor parts of one were assigned.
+            ConfigError: an axis is in use that nothing keeps in step.
+        """
+        config = self.config
+        if config.compile.enable:
+            load_artifacts(config.compile.precompile_artifact_dir)
+            self._closing("compile", lambda: save_artifacts(config.compile.precompile_artifact_dir))
+        parts = self.build_pipeline_model_parts()
+        self.model_parts = [self._materialize_part(part) for part in parts]
+        self.model = self.model_parts[0]
+        self._wrap_data_parallel()
+        if self.pipeline is not None:
+            self.pipeline_schedule = self.build_pipeline_schedule()
+            self.parallel.took("pipeline")
+        self.parallel.require()
+        self.check_replicas("at the start")
+        self._bind_ema()
+        self.bind_criterion()
+        self._bind_metrics()
+        self.mode = RunnerMode.TRAIN
+
+    def build_pipeline_model_parts(self) -> list[nn.Module]:
+        """The parts of the model that this rank holds; the whole model without a pipeline."""
+        if self.topology.degrees["pipeline"] > 1:
+            from .pipeline import Pipeline
+
+            self.pipeline = Pipeline(self)
+            return self.pipeline.build_parts()
+        self.check_model()
+        return [self.model]
+
+    def build_pipeline_model_part(self, index: int) -> nn.Module:
+        """The module of one stage of the pipeline."""
+        return self.pipeline.build_part(index)
+
+    def pipeline_stage_indices(self) -> list[int]:
+        """Numbers of the stages on this rank, in order."""
+        return self.pipeline.stage_indices()
+
+    def build_pipeline_schedule(self) -> Any:
+        """The schedule that runs the stages."""
+        return self.pipeline.build_schedule()
+
+    def _materialize_part(self, part: nn.Module) -> nn.Module:
+        config = self.config
+        part = materialize_meta(part, self.device)
+        broadcast_state(part, self.parallel)
+        part = self.parallelize_model(part)
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"parallelize_model must return a torch.nn.Module, got {type(part).__name__}")
+        if self.precision.fp8_backend is not None:
+            part = convert_to_fp8(part, self.precision.fp8_backend, self.logger)
+        if config.activation_checkpoint.enabled:
+            self.apply_activation_checkpointing(part)
+        if config.compile.enable:
+            compile_model(part, config.compile)
+        return part
+
+    def parallelize_model(self, part: nn.Module) -> nn.Module:
+        """Split the layers of a part over the tensor, context and expert axes; return the module to use.
+
+        The default calls the model's `parallelize(ctx)`, or takes the mapping of `build_parallel_plan(ctx)`, or applies the
+        built-in plans.
+
+        Raises:
+            TypeError: the model's hook returned something that is no module.
+            ConfigError, NotImplementedError: an axis is in use and nothing applies to this model.
+        """
+        return apply_plans(part, self.parallel)
+
+    def apply_activation_checkpointing(self, part: nn.Module) -> None:
+        """Let the modules named by `activation_checkpoint` keep no activations."""
+        from danling.backends.torch.activation import apply_activation_checkpointing
+
+        options = self.config.activation_checkpoint
+        apply_activation_checkpointing(part, options.module_classes, options.checkpoint_impl)
+
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether FSDP2 averages gradients; DDP does when `replicate` is the only axis in use."""
+        degrees = self.topology.degrees
+        alone = degrees["replicate"] == self.world_size
+        return self.loss_degree > 1 and (not alone or bool(self.config.fsdp.enabled))
+
+    def _wrap_data_parallel(self) -> None:
+        if not any(parameter.requires_grad for part in self.model_parts for parameter in part.parameters()):
+            self.parallel.took("replicate", "shard", "context")
+            return
+        if self.uses_fsdp:
+            self._data_mesh = data_mesh(self.parallel)
+            pipelined = self.pipeline is not None
+            for part in self.model_parts:
+                shard_model(part, self._data_mesh, self.config.fsdp, pipelined=pipelined)
+        elif self.loss_degree > 1:
+            self.wrap_model()
+            self.model_parts = [self.model]
+        self.parallel.took("replicate", "shard")
+
+    def iter_optimizer_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names, as in the whole model, and parameters that are trained, of all parts on this rank."""
+        for part in self.model_parts:
+            for name, parameter in part.named_parameters():
+                if parameter.requires_grad:
+                    yield clean_name(name), parameter
+
+    def check_replicas(self, when: str) -> None:
+        """Compare what should be the same on several ranks.
+
+        Raises:
+            RuntimeError: it is not; names tensor and ranks.
+        """
+        check_replicas([self.unwrap(part) for part in self.model_parts], self.parallel, when)
+
+    def _bind_ema(self) -> None:
+        if self.ema is None and self.config.ema.enabled:
+            self.ema = ShardedEMA([self.unwrap(part) for part in self.model_parts], self.config.ema.decay)
+        super()._bind_ema()
+
+    def _bind_metrics(self) -> None:
+        """Let meters and metrics sum over the ranks that hold different parts of the data."""
+        group = self.parallel.group("loss")
+        for metrics in (*self._meters.values(), self._train_metrics, self.evaluate_metrics):
+            if getattr(metrics, "group", self) is None:
+                metrics.group = group
+
+    @property
+    def mode(self) -> RunnerMode:
+        """What the runner is doing."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: RunnerMode | str) -> None:
+        TorchRunner.mode.fset(self, mode)  # type: ignore[attr-defined]
+        for part in self.model_parts[1:]:
+            part.train(self._mode is RunnerMode.TRAIN)
+
+    # Data
+
+    def to_device(self, batch: Any) -> Any:
+        """Bring this rank's part of a batch to the device of the model."""
+        if self.topology.degrees["context"] > 1:
+            batch = self.shard_context(batch)
+        return super().to_device(batch)
+
+    def shard_context(self, batch: Any) -> Any:
+        """Cut the sequences of a batch, and set `parallel.context_offset` to where this rank's part begins."""
+        from .plans import shard_context
+
+        return shard_context(batch, self.parallel)
+
+    def bind_criterion(self) -> None:
+        """Bind criterion, weights and metrics; under a context axis weights are those of this rank's part."""
+        super().bind_criterion()
+        if self.topology.degrees["context"] > 1:
+            rule, rule_of_evaluation = self.weigh, self.weigh_evaluation
+            self.weigh = lambda batch: rule(self.shard_context(batch))
+            self.weigh_evaluation = lambda batch: rule_of_evaluation(self.shard_context(batch))
+
+    def exchange_header(self, *, weight: float = 0.0, samples: int = 0, tokens: int = 0, **flags: Any) -> WindowHeader:
+        """Tell all ranks about the window in hand: every part of the data once, requests of every rank."""
+        coordinates = self.topology.coordinates
+        counts_loss = not self.topology.index("model")
+        counts_data = counts_loss and not coordinates["context"]
+        flags["never"] = flags.get("never", False) and counts_data
+        return super().exchange_header(
+            weight=weight * counts_loss, samples=samples * counts_data, tokens=tokens * counts_data, **flags
+        )
+
+    # Steps
+
+    def train_context(self) -> AbstractContextManager:
+        """Encloses forward and loss of a training step: precision, and no synchronisation inside a window."""
+        if not self.uses_fsdp:
+            return super().train_context()
+        self.synchronise(self.window.is_last)
+        return self.forward_context()
+
+    def synchronise(self, flag: bool) -> None:
+        """Let FSDP2 reduce gradients in the backward passes from here on, or keep them."""
+        if flag is not self._synchronises:
+            self._synchronises = flag
+            for module in sharded_modules(self.model_parts):
+                module.set_requires_gradient_sync(flag, recurse=False)
+
+    def no_sync(self) -> AbstractContextManager:
+        """A context in which gradients are not averaged."""
+        return self._no_sync() if self.uses_fsdp else super().no_sync()
+
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        before = self._synchronises
+        self.synchronise(False)
+        try:
+            yield
+        finally:
+            self.synchronise(before)
+
+    def backward_nothing(self, loss: Tensor) -> None:
+        """Backpropagate exact zeros, so that ranks that wait for gathers and gradients get them."""
+        if self.uses_fsdp:
+            torch.nan_to_num(loss, 0.0, 0.0, 0.0).mul(0).backward()
+        elif self.loss_degree > 1:
+            super().backward_nothing(loss)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for part in self.model_parts:
+            part.zero_grad(set_to_none=True)
+
+    def bind_updater(self) -> None:
+        """Bind the one sequence of an update, with norm and verdict over all axes."""
+        if self.optimizer is None:
+            self.updater = None
+            return
+        staged = self.topology.degrees["pipeline"] > 1
+        self.updater = OptimizerStep(
+            self.optimizer,
+            self.scheduler,
+            interval="step" if self.scheduler_interval == "step" else "epoch",
+            clip_value=self.max_grad_value,
+            clip_norm=self.max_grad_norm,
+            skip_nonfinite=self.skip_nonfinite_grad,
+            scaler=self.grad_scaler,
+            reduce_norm=partial(self.parallel.all_reduce, domain="pipeline") if staged else None,
+            reduce_flag=partial(self.parallel.all_reduce, domain="all", op=dist.ReduceOp.MAX),
+        )
+
+    def optimizer_step(self) -> bool:
+        """Update the weights and what follows every update; return whether it was applied."""
+        first = self._first_update
+        applied = super().optimizer_step()
+        if first and applied:
+            self.check_replicas("after the first update")
+        return applied
+
+    def switch_timeouts(self) -> None:
+        """After the first update no group waits longer than `comm.train_timeout_seconds`."""
+        super().switch_timeouts()
+        seconds = self.config.comm.train_timeout_seconds
+        if seconds:
+            try:
+                self.parallel.set_timeout(timedelta(seconds=seconds))
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                self.logger.warning("the time-out of a process group cannot be changed: %s", error)
+
+    # Evaluation
+
+    @contextmanager
+    def _aside(self, mode: RunnerMode, split: str) -> Iterator[None]:
+        averaged = isinstance(self.ema, ShardedEMA) and self._ema_ready
+        with self.ema.swapped() if averaged else _nothing(), super()._aside(mode, split):
+            yield
+
+    @property
+    def evaluation_model(self) -> Any:
+        """What evaluation and inference run: the model, which holds the weights of the EMA meanwhile."""
+        return super().evaluation_model if self._own_ema else self.unwrap(self.model)
+
+    @property
+    def _own_ema(self) -> bool:
+        return self.ema is not None and not isinstance(self.ema, ShardedEMA)
+
+    # Checkpoints
+
+    def _meta(self, kind: str) -> dict[str, Any]:
+        return {**super()._meta(kind), "axes": dict(self.topology.degrees)}
+
+    def describe_environment(self) -> Mapping[str, Any]:
+        """Devices, hosts and layout, for the metadata of the attempt."""
+        return {**super().describe_environment(), "axes": dict(self.topology.degrees)}
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
