@@ -100,7 +100,9 @@ class Gradients:
         return flag
 
     def norm(self, order: float, reduce_norm: Reduce | None = None) -> Tensor:
-        """Return the norm of all gradients together, without dimensions: float32, or float64 if one of them is.
+        """Return the norm of all gradients together, without dimensions.
+
+        It is float64 where one of them is, and wherever ranks sum it together; else float32.
 
         Norms are taken in float32 at least, so that finite half precision gradients have a finite norm. What a
         `DTensor` shards is summed over its mesh, one reduction per mesh dimension for all gradients; what it
@@ -206,9 +208,9 @@ def _norms(kinds: Kinds, order: float, device: torch.device) -> Tensor:
 
 
 def _powers(kinds: Kinds, order: float, device: torch.device) -> Tensor:
-    """Return the sum of the powers of all elements (the largest magnitude for infinity), in float32.
+    """Return the sum of the powers of all elements (the largest magnitude for infinity), in the widest dtype there is.
 
     Ranks exchange this value, so its dtype must not depend on what a rank happens to hold.
     """
-    norms = _norms(kinds, order, device)
-    return (norms.amax() if order == inf else norms.pow(order).sum()).to(torch.float32)
+    norms = _norms(kinds, order, device).to(torch.float32 if device.type == "mps" else torch.float64)
+    return norms.amax() if order == inf else norms.pow(order).sum()
