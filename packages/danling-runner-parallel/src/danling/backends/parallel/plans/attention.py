@@ -31,7 +31,14 @@ class Split:
     heads: Axis | None = None
     sequence: Axis | None = None
 
-    embed_dim: int
+    in_proj_weight: Any
+    in_proj_bias: Any
+    q_proj_weight: Any
+    k_proj_weight: Any
+    v_proj_weight: Any
+    out_proj: Any
+    bias_k: Any
+    bias_v: Any
     num_heads: int
     head_dim: int
     dropout: float
@@ -62,13 +69,13 @@ class Split:
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: pass the mask too")
         batched = query.dim() == 3
-        queries = self._project(query, key, value)
+        parts: Any = self._project(query, key, value)
         if not batched:
-            queries = tuple(part.unsqueeze(0) for part in queries)
+            parts = [part.unsqueeze(0) for part in parts]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
-            queries = tuple(part.transpose(0, 1) for part in queries)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in queries)
+            parts = [part.transpose(0, 1) for part in parts]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
         rate = self.dropout if self.training else 0.0
         plain = key_padding_mask is None and not need_weights and self.bias_k is None and not self.add_zero_attn
         weights = None

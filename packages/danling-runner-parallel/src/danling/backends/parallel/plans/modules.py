@@ -9,14 +9,15 @@ from torch import nn
 
 
 @cache
-def _combined(mixin: type, cls: type) -> type:
+def _combined(mixin: Any, cls: Any) -> Any:
     return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"__module__": mixin.__module__})
 
 
 def become(module: nn.Module, mixin: type) -> None:
     """Give a module the behaviour of `mixin` on top of its own class, once."""
     if not isinstance(module, mixin):
-        module.__class__ = _combined(mixin, type(module))
+        cls: Any = type(module)
+        module.__class__ = _combined(mixin, cls)
 
 
 def inherits(module: Any, base: type, *methods: str) -> bool:

@@ -93,8 +93,8 @@ def runs_of(rows: int, start: int, length: int, blocks: int, degree: int) -> lis
 class PackedShard:
     """This process's rows of a packed parameter, or of optimizer state of its shape, as DCP wants them.
 
-    `torch.distributed.checkpoint` asks objects for the chunks they hold; this answers with the places of the rows in the unsplit parameter, so
-    that files hold its usual name, shape and order.
+    `torch.distributed.checkpoint` asks objects for the chunks they hold; this answers with the places of the rows in the
+    unsplit parameter, so that files hold its usual name, shape and order.
 
     Args:
         local: the rows held here, in the order they have here; read and written in place.

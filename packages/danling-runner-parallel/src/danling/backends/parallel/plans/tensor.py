@@ -25,6 +25,8 @@ class Columns:
     """Mixed into a linear layer that computes this rank's output features from all input features."""
 
     axis: Axis
+    weight: Any
+    bias: Any
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., in_features)` to `(..., out_features / degree)`."""
@@ -35,6 +37,8 @@ class Rows:
     """Mixed into a linear layer that maps this rank's input features and adds up over the ranks."""
 
     axis: Axis
+    weight: Any
+    bias: Any
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., in_features / degree)` to `(..., out_features)`, the same on every rank."""
