@@ -26,11 +26,20 @@ def test_every_op_has_a_sample():
     assert not missing, f"ops without a sample: {missing}"
 
 
-@pytest.mark.filterwarnings("ignore::danling.tensors.NestedTensorFallbackWarning")
-@pytest.mark.filterwarnings("ignore:index_reduce")
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
-@pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0")
-@pytest.mark.filterwarnings("ignore:(torch|at)..?\\w+ is deprecated")
+def allowed_warnings(test):
+    """What torch and the fallback say about the ops of the table."""
+    for text in (
+        "ignore::danling.tensors.NestedTensorFallbackWarning",
+        "ignore:index_reduce",
+        "ignore:ComplexHalf",
+        "ignore:.*degrees of freedom is <= 0",
+        "ignore:(torch|at)..?\\w+ is deprecated",
+    ):
+        test = pytest.mark.filterwarnings(text)(test)
+    return test
+
+
+@allowed_warnings
 @pytest.mark.parametrize(("name", "sample"), CASES)
 def test_op(name, sample):
     for layout in sample.layouts:
@@ -42,3 +51,11 @@ def test_op(name, sample):
         if torch.float32 in sample.dtypes:
             laws.check_isolation(sample, layout)
             laws.check_purity(sample, layout, OPS[name])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@allowed_warnings
+@pytest.mark.parametrize(("name", "sample"), CASES if torch.cuda.is_available() else CASES[:1])
+def test_op_on_cuda(name, sample):
+    with torch.device("cuda"):
+        test_op(name, sample)

@@ -148,7 +148,7 @@ def build(
             return _finish(*packed, flags, None, None, requires_grad, pin_memory)
     if not elements:
         ragged = check_ragged(ragged_dims, 1 if ragged_dims not in (None, ()) else 0) or ()
-        layout = Layout(Segments(torch.empty(0, len(ragged), dtype=torch.int64)), ragged, (), batch_first)
+        layout = Layout(Segments(torch.empty(0, len(ragged), dtype=torch.int64, device="cpu")), ragged, (), batch_first)
         values = torch.empty(0, dtype=dtype, device=device)
         return _finish(values, layout, flags, None, None, requires_grad, pin_memory)
     shapes = list(map(_shape_of, elements))  # attribute by attribute: thousands of elements cost their C calls only
@@ -243,7 +243,7 @@ def _sizes(lengths: Any) -> Tensor:
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
         sizes = lengths.detach().to("cpu", torch.int64)
     else:
-        sizes = torch.as_tensor(lengths)
+        sizes = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
         if sizes.numel() == 0:
             sizes = sizes.to(torch.int64)
         if sizes.dtype != torch.int64:
@@ -325,7 +325,7 @@ def from_tensor_mask(tensor: Tensor, mask: Tensor, *, batched: bool = False, **c
     """Real values of a padded tensor as a mask marks them; see `NestedTensor.from_tensor_mask`."""
     settings = _settings(ctor)
     flags, batch_first = settings["flags"], settings["batch_first"]
-    mask = torch.as_tensor(mask)
+    mask = mask if isinstance(mask, Tensor) else torch.as_tensor(mask, device="cpu")
     if mask.dtype != torch.bool:
         if mask.dtype.is_floating_point or mask.dtype.is_complex:
             raise TypeError(f"mask must be bool or 0/1 integers, got {mask.dtype}")
@@ -378,7 +378,9 @@ def from_tensor_mask(tensor: Tensor, mask: Tensor, *, batched: bool = False, **c
     if not shapes:
         ragged = (0,) if given is None else given
         element_static = tuple(size for d, size in enumerate(tensor.shape[1:]) if d not in ragged)
-        layout = Layout(Segments(torch.empty(0, len(ragged), dtype=torch.int64)), ragged, element_static, True)
+        layout = Layout(
+            Segments(torch.empty(0, len(ragged), dtype=torch.int64, device="cpu")), ragged, element_static, True
+        )
         rows = tensor.new_empty((0, *element_static))
     else:
         ragged, element_static = structure_of(shapes, rank, given)
@@ -407,7 +409,10 @@ def from_concatenated(concat: Tensor, shapes: Sequence[Sequence[int]], **ctor: A
         ragged = tuple(given or ())
         static = tuple(concat.shape[1:])
         layout = Layout(
-            Segments(torch.empty(0, len(ragged), dtype=torch.int64)), ragged, static, settings["batch_first"]
+            Segments(torch.empty(0, len(ragged), dtype=torch.int64, device="cpu")),
+            ragged,
+            static,
+            settings["batch_first"],
         )
         return _finish(concat, layout, settings["flags"], **settings["finish"])
     rank = len(sizes[0])

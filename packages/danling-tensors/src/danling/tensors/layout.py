@@ -17,7 +17,7 @@ _INT64 = torch.int64
 def int64_tensor(numbers: list[int]) -> Tensor:
     """A CPU int64 tensor from Python ints through one flat buffer, which is much faster than `torch.tensor`."""
     if not numbers:
-        return torch.empty(0, dtype=_INT64)
+        return torch.empty(0, dtype=_INT64, device="cpu")
     return torch.frombuffer(array("q", numbers), dtype=_INT64)
 
 
@@ -73,9 +73,9 @@ class Segments:
         if self._offsets is None:
             with torch.inference_mode(False), torch.no_grad():
                 if self.k == 0:
-                    self._offsets = torch.arange(self.batch_size + 1)
+                    self._offsets = torch.arange(self.batch_size + 1, device="cpu")
                 else:
-                    self._offsets = torch.zeros(self.batch_size + 1, dtype=_INT64)
+                    self._offsets = torch.zeros(self.batch_size + 1, dtype=_INT64, device="cpu")
                     torch.cumsum(self.sizes.prod(1), 0, out=self._offsets[1:])
         return self._offsets
 
@@ -286,7 +286,7 @@ class Layout:
     def sizes(self) -> Tensor:
         """CPU int64 `(B, rank)`: size of every element along every element dim."""
         if self._sizes is None:
-            sizes = torch.empty(self.batch_size, self.rank, dtype=_INT64)
+            sizes = torch.empty(self.batch_size, self.rank, dtype=_INT64, device="cpu")
             if self.ragged_dims:
                 sizes[:, list(self.ragged_dims)] = self.segments.sizes
             if self.static_dims:
@@ -409,7 +409,9 @@ class Layout:
             table = list(map(itemgetter(d), shapes))
         else:
             table = [shape[d] for shape in shapes for d in ragged_dims]
-        sizes = int64_tensor(table).view(len(shapes), k) if k else torch.empty(len(shapes), 0, dtype=_INT64)
+        sizes = (
+            int64_tensor(table).view(len(shapes), k) if k else torch.empty(len(shapes), 0, dtype=_INT64, device="cpu")
+        )
         return Layout(Segments(sizes, table), ragged_dims, tuple(static_sizes), batch_first)
 
     def __eq__(self, other: object) -> bool:

@@ -113,7 +113,7 @@ def _pad_setup(ctx: Any, inputs, output) -> None:
 
 
 def _pad_zero(ctx: Any, values: Tensor) -> Tensor:
-    return pad(values, ctx.offsets, ctx.sizes, ctx.max_sizes, torch.zeros((), dtype=values.dtype))
+    return pad(values, ctx.offsets, ctx.sizes, ctx.max_sizes, torch.zeros((), dtype=values.dtype, device="cpu"))
 
 
 def _unpad_setup(ctx: Any, inputs, output) -> None:
@@ -172,7 +172,9 @@ pad_list: Callable = _differentiable_list(
     "pad_list",
     _pad_list_setup,
     _pad_list_backward,
-    lambda ctx, tangents: pad_list(_tangents(ctx, tangents), ctx.max_sizes, torch.zeros((), dtype=ctx.like.dtype)),
+    lambda ctx, tangents: pad_list(
+        _tangents(ctx, tangents), ctx.max_sizes, torch.zeros((), dtype=ctx.like.dtype, device="cpu")
+    ),
 )
 
 

@@ -91,6 +91,11 @@ def same_batch(func: Any, *xs: NestedTensor) -> None:
             )
 
 
+def tensor_of(data: Any) -> Tensor:
+    """`data` as a tensor: a tensor itself, numbers and arrays on the CPU whatever torch's default device is."""
+    return data if isinstance(data, Tensor) else torch.as_tensor(data, device="cpu")
+
+
 def stack_of(values: list[Tensor]) -> Tensor:
     """`torch.stack`, also of nothing."""
-    return torch.stack(values) if values else torch.empty(0)
+    return torch.stack(values) if values else torch.empty(0, device="cpu")

@@ -70,7 +70,7 @@ def common_layout(nested: list[NestedTensor], name: str) -> Layout:
     batch = first.batch_size
     columns = []
     for d in ragged:
-        size = torch.ones(batch, dtype=torch.int64)
+        size = torch.ones(batch, dtype=torch.int64, device="cpu")
         for x in nested:
             own = d - (rank - x._layout.rank)
             if own < 0:
@@ -84,7 +84,7 @@ def common_layout(nested: list[NestedTensor], name: str) -> Layout:
                 )
             size = torch.where(size == 1, column, size)
         columns.append(size)
-    sizes = torch.stack(columns, 1) if columns else torch.empty(batch, 0, dtype=torch.int64)
+    sizes = torch.stack(columns, 1) if columns else torch.empty(batch, 0, dtype=torch.int64, device="cpu")
     return Layout(Segments(sizes), tuple(ragged), _static_sizes(nested, rank, ragged, name), batch_first)
 
 

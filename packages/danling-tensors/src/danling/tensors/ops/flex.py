@@ -126,8 +126,8 @@ def create_block_mask(
     q_segments, k_segments = q._layout.segments, k._layout.segments
     for i, (n, m) in enumerate(zip(q_segments.lengths, k_segments.lengths)):
         shape = (-(-n // rows), -(-m // columns))
-        any_blocks = torch.zeros(shape, dtype=torch.bool)
-        all_blocks = torch.zeros(shape, dtype=torch.bool)
+        any_blocks = torch.zeros(shape, dtype=torch.bool, device="cpu")
+        all_blocks = torch.zeros(shape, dtype=torch.bool, device="cpu")
         b = torch.tensor([i], device=q.device)
         keys = torch.arange(m, device=q.device)
         for block in range(shape[0] if m else 0):

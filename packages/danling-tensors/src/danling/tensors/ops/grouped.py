@@ -92,7 +92,11 @@ def _assemble_one(out: Any, ragged: Any, like: NestedTensor) -> Any:
 def nested_from_dense(out: Tensor, ragged: tuple[int, ...], like: NestedTensor) -> NestedTensor:
     """A dense `(B, *element)` batch as a NestedTensor with the given ragged dims (all of equal size)."""
     batch, element = out.shape[0], out.shape[1:]
-    sizes = torch.tensor([element[d] for d in ragged], dtype=torch.int64).expand(batch, len(ragged)).contiguous()
+    sizes = (
+        torch.tensor([element[d] for d in ragged], dtype=torch.int64, device="cpu")
+        .expand(batch, len(ragged))
+        .contiguous()
+    )
     static_dims = [d for d in range(len(element)) if d not in ragged]
     static = tuple(element[d] for d in static_dims)
     layout = Layout(Segments(sizes), ragged, static, like._layout.batch_first)
@@ -120,7 +124,10 @@ def _of_nothing(fn: Callable[..., Any], xs: Sequence[Tensor], ragged: Any, like:
         if not dims:
             return result.new_zeros(0, *static)
         layout = Layout(
-            Segments(torch.empty(0, len(dims), dtype=torch.int64)), tuple(dims), static, like._layout.batch_first
+            Segments(torch.empty(0, len(dims), dtype=torch.int64, device="cpu")),
+            tuple(dims),
+            static,
+            like._layout.batch_first,
         )
         return wrap(result.new_zeros(0, *static), layout, like._flags)
 

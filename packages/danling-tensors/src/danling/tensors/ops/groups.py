@@ -85,12 +85,12 @@ def _group(segments: Segments, batch: bool, ragged: tuple[int, ...]) -> Groups:
 
     with torch.inference_mode(False), torch.no_grad():
         element = segments.on("element", cpu)
-        position = torch.zeros(rows, dtype=torch.int64)
+        position = torch.zeros(rows, dtype=torch.int64, device="cpu")
         if batch:
             position = element
         sizes = segments.sizes
         for j in ragged:
-            extent = torch.full((segments.batch_size,), segments.max_sizes[j]) if batch else sizes[:, j]
+            extent = torch.full((segments.batch_size,), segments.max_sizes[j], device="cpu") if batch else sizes[:, j]
             position = position * extent.index_select(0, element) + coord(j)
         if not batch and not kept:
             return Groups(
@@ -98,7 +98,7 @@ def _group(segments: Segments, batch: bool, ragged: tuple[int, ...]) -> Groups:
             )
         if batch:
             extents = tuple(segments.max_sizes[j] for j in kept)
-            group = torch.zeros(rows, dtype=torch.int64)
+            group = torch.zeros(rows, dtype=torch.int64, device="cpu")
             for j in kept:
                 group = group * segments.max_sizes[j] + coord(j)
             count = int(torch.Size(extents).numel())
@@ -106,7 +106,7 @@ def _group(segments: Segments, batch: bool, ragged: tuple[int, ...]) -> Groups:
         else:
             new = Segments(sizes[:, kept].contiguous())
             group = new.offsets.index_select(0, element)
-            inner = torch.zeros(rows, dtype=torch.int64)
+            inner = torch.zeros(rows, dtype=torch.int64, device="cpu")
             for j in kept:
                 inner = inner * sizes[:, j].index_select(0, element) + coord(j)
             group = group + inner
@@ -114,6 +114,6 @@ def _group(segments: Segments, batch: bool, ragged: tuple[int, ...]) -> Groups:
         order = None
         if rows and bool((group[1:] < group[:-1]).any()):
             order = torch.argsort(group, stable=True)
-        offsets = torch.zeros(count + 1, dtype=torch.int64)
+        offsets = torch.zeros(count + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(torch.bincount(group, minlength=count), 0, out=offsets[1:])
         return Groups(order, offsets, count, new, extents, position, segments, key)

@@ -18,7 +18,7 @@ from danling.tensors.nested_tensor import (
     values_of,
     wrap,
 )
-from danling.tensors.ops.base import at_element, like, names
+from danling.tensors.ops.base import at_element, like, names, tensor_of
 from danling.tensors.ops.broadcast import align
 from danling.tensors.ops.rows import coords, flat_position, flat_values, owner, positions, remap_ragged, take_elements
 from danling.tensors.ops.shape import drop_dim, fixed_ragged, insert_dim
@@ -88,7 +88,7 @@ def _choose(x: NestedTensor, index: Any) -> NestedTensor:
         return take_elements(x, range(*index.indices(batch)))
     if isinstance(index, NestedTensor):
         raise IndexError("a NestedTensor index along the batch must be boolean")
-    items = torch.as_tensor(index)
+    items = tensor_of(index)
     if items.dim() != 1:
         raise IndexError(f"an index along the batch must be an int, a slice or 1-D, got {items.dim()} dims")
     if items.dtype == torch.bool:
@@ -167,7 +167,7 @@ def _ragged_step(x: NestedTensor, d: int, i: Any) -> Any:
     if isinstance(i, int) and not isinstance(i, bool) or isinstance(i, Tensor) and i.dim() == 0:
         out = _ragged_step(x, d, [int(i)])
         return out.squeeze(d + 1) if not isinstance(out, NestedTensor) else out.squeeze(out._layout.shape_dim(d))
-    picks = torch.as_tensor(i)
+    picks = tensor_of(i)
     if picks.dtype == torch.bool:
         if picks.dim() != 1 or len(picks) != int(layout.max_sizes[j]):
             raise IndexError(f"a boolean index along a ragged dim needs {layout.max_sizes[j]} entries")
@@ -395,11 +395,11 @@ def put(x: NestedTensor, where: Any, value: Any, accumulate: bool = False) -> No
             if layout.segments != where._layout.segments or layout.rank != where._layout.rank:
                 raise ValueError(f"a value of structure {layout} cannot be assigned to {where._layout}")
         else:
-            at, given = values_of(where), torch.as_tensor(value)
+            at, given = values_of(where), tensor_of(value)
     else:
         if isinstance(value, NestedTensor):
             raise ValueError("a NestedTensor cannot be assigned to a dense selection")
-        at, given = where, torch.as_tensor(value)
+        at, given = where, tensor_of(value)
     values = values_of(x)
     given = given.to(values.device, values.dtype)
     given = given.broadcast_to(at.shape) if given.dim() <= at.dim() else given.reshape(at.shape)

@@ -223,7 +223,7 @@ def split(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         dim = layout.shape_dim({"hsplit": min(1, layout.rank - 1), "vsplit": 0, "dsplit": 2}[name])
     d = layout.element_dim(dim)
     if d is None:
-        pieces = func(torch.arange(layout.batch_size), size)
+        pieces = func(torch.arange(layout.batch_size, device="cpu"), size)
         return type(pieces)(take_elements(x, p.tolist()) for p in pieces)
     if d not in layout.ragged_dims:
         v = layout.values_dim(d)
@@ -284,7 +284,7 @@ def _even(x: NestedTensor, d: int, count: int, column: Tensor, name: str) -> tup
         starts = [torch.minimum(step * n, column) for n in range(count + 1)]
     else:
         small, extra = column // count, column % count
-        starts = [small * n + torch.minimum(extra, torch.tensor(n)) for n in range(count + 1)]
+        starts = [small * n + torch.minimum(extra, torch.tensor(n, device="cpu")) for n in range(count + 1)]
     device = x._values.device
     return tuple(_from_start(x, j, b - a, a.to(device), 1) for a, b in zip(starts, starts[1:]))
 

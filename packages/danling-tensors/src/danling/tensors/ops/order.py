@@ -82,7 +82,7 @@ def topk(func: Any, x: Any, k: int, dim: int = -1, largest: bool = True, sorted:
 
 def _long_enough(groups: Groups, k: int, what: str) -> None:
     counts = groups.offsets.diff()
-    short = (counts < k) | torch.tensor(k < 0)
+    short = (counts < k) | torch.tensor(k < 0, device="cpu")
     if bool(short.any()):
         i = int(short.nonzero()[0])
         raise RuntimeError(f"element {i}: {what} for size {int(counts[i])}")

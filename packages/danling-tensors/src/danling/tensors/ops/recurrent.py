@@ -26,8 +26,8 @@ def _schedule(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Ten
         lengths = layout.segments.sizes[:, 0]
         order = torch.argsort(lengths, descending=True, stable=True)
         place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))
-        steps = torch.arange(layout.max_sizes[0])
+        place[order] = torch.arange(len(order), device="cpu")
+        steps = torch.arange(layout.max_sizes[0], device="cpu")
         batch_sizes = (lengths[None, :] > steps[:, None]).sum(1)
         start = torch.zeros_like(batch_sizes)
         torch.cumsum(batch_sizes[:-1], 0, out=start[1:])
@@ -35,7 +35,7 @@ def _schedule(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Ten
         row, element = layout.segments.on("row", cpu), layout.segments.on("element", cpu)
         target = start.index_select(0, row) + place.index_select(0, element)
         source = torch.empty_like(target)
-        source[target] = torch.arange(len(target))
+        source[target] = torch.arange(len(target), device="cpu")
         return target.to(device), source.to(device), order.to(device), place.to(device), batch_sizes
 
     with torch.inference_mode(False), torch.no_grad():

@@ -16,7 +16,7 @@ from danling.tensors.ops.base import like
 def coords(layout: Layout, device: torch.device) -> list[Tensor]:
     """For each element dim the coordinate of every value, each broadcastable to `values`."""
     n = len(layout.static_sizes)
-    out: list[Tensor] = [torch.empty(0)] * layout.rank
+    out: list[Tensor] = [torch.empty(0, device="cpu")] * layout.rank
     for j, d in enumerate(layout.ragged_dims):
         out[d] = layout.segments.on(("coord", j), device).view(-1, *[1] * n)  # type: ignore[arg-type]
     for j, d in enumerate(layout.static_dims):

@@ -85,7 +85,7 @@ def view_as_target(x: NestedTensor, target: list[int], name: str) -> Any:
         wanted = math.prod(target)
         if all(n * numel == wanted for n in layout.segments.lengths):
             flat = flat_values(x).reshape(layout.batch_size, *target)
-            sizes = torch.empty(layout.batch_size, 0, dtype=torch.int64)
+            sizes = torch.empty(layout.batch_size, 0, dtype=torch.int64, device="cpu")
             return like(x, flat, Layout(Segments(sizes), (), tuple(target), layout.batch_first))
     bd = layout.batch_dim
     if len(target) > bd and target[bd] == layout.batch_size:
@@ -166,7 +166,7 @@ def _match(layout: Layout, target: list[int]) -> Any:
                         return found
             return None
         if j < len(target) and target[j] == -1 and i < len(old):  # static dims may lead a merged ragged dim
-            column = torch.ones(layout.batch_size, dtype=torch.int64)
+            column = torch.ones(layout.batch_size, dtype=torch.int64, device="cpu")
             for high in range(i, len(old)):
                 column = column * (table[:, old[high][1]] if isinstance(old[high], tuple) else old[high])
                 if any(isinstance(size, tuple) for size in old[i : high + 1]):
@@ -206,7 +206,11 @@ def _match(layout: Layout, target: list[int]) -> Any:
         if _static_runs_kept(layout, dims, target, static):
             return Layout(layout.segments, dims, tuple(static), layout.batch_first)
     columns = [table[:, c] if isinstance(c, int) else c for _, c in ragged]
-    sizes = torch.stack(columns, 1).contiguous() if columns else torch.empty(layout.batch_size, 0, dtype=torch.int64)
+    sizes = (
+        torch.stack(columns, 1).contiguous()
+        if columns
+        else torch.empty(layout.batch_size, 0, dtype=torch.int64, device="cpu")
+    )
     return Layout(Segments(sizes), dims, tuple(static), layout.batch_first)
 
 
@@ -574,7 +578,7 @@ def narrow(func: Any, x: Any, dim: int, start: Any, length: int) -> Any:
         return like_static(x, values_of(x).narrow(at, start, length))
     column = _column(x, at)
     begin_ = column + start if start < 0 else torch.full_like(column, start)
-    wrong = (begin_ < 0) | (begin_ + length > column) | torch.tensor(length < 0)
+    wrong = (begin_ < 0) | (begin_ + length > column) | torch.tensor(length < 0, device="cpu")
     if bool(wrong.any()):
         i = int(wrong.nonzero()[0])
         raise RuntimeError(f"narrow: element {i} of size {int(column[i])} has no range of {length} from {start}")
