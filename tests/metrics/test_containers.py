@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import random
 import subprocess
 import sys
 
@@ -397,3 +398,46 @@ def test_importing_is_lazy():
 def test_public_names():
     assert len(F.__all__) == len(set(F.__all__)) == 78
     assert all(callable(getattr(F, name)) and getattr(F, name).__doc__ for name in F.__all__)
+
+
+@pytest.mark.filterwarnings("ignore::danling.metrics.UndefinedMetricWarning")
+@pytest.mark.parametrize(
+    "make", [lambda: multiclass_metrics(3), lambda: OnlineMetrics(F.multiclass_accuracy(3)), lambda: binary_metrics()]
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_many_small_batches_that_are_alike(make, seed):
+    """Batches like the last one take a shorter way; it must not show, whatever comes in between."""
+    generator = random.Random(seed)
+    torch.manual_seed(seed)
+    quick, plain = make(), make()
+    plain_store = plain._groups[0].store
+    plain_store.remember = lambda *args: None
+    width = quick._groups[0].store.spec.width or 1
+    taken = 0
+    for _ in range(400):
+        rows = generator.choices([2, 3, 0], [20, 2, 1])[0]
+        shape = (rows, width) if width > 1 else (rows,)
+        scores = torch.rand(shape, dtype=generator.choices([torch.float32, torch.float64], [20, 1])[0])
+        scores.requires_grad_(generator.random() < 0.5)
+        targets = torch.randint(0, max(2, width), (rows,))
+        mask = torch.rand(rows) < 0.5 if generator.random() < 0.03 else None
+        taken += mask is None and quick._groups[0].store.like is not None
+        for metrics in (quick, plain):
+            metrics.update(scores, targets, mask=mask)
+        with torch.no_grad():  # whoever gave them may use the memory again
+            scores.fill_(-5.0)
+            targets.fill_(99)
+        what = generator.random()
+        if what < 0.02:
+            same(quick.value(), plain.value())
+        elif what < 0.04:
+            same(quick.average(), plain.average())
+        elif what < 0.05:
+            quick = copy.deepcopy(quick)
+        elif what < 0.06:
+            fresh = make()
+            fresh.load_state_dict(quick.state_dict())
+            quick = fresh
+    assert taken > 200
+    same(quick.average(), plain.average())
+    assert torch.equal(quick.confmat, plain.confmat)

@@ -114,12 +114,17 @@ class MetricContainer(Readable):
             ValueError: shapes, lengths, devices or mask do not fit together.
             TypeError: an input has the wrong type or dtype.
         """
+        groups = self._groups
         if self.preprocess is not None:
             input, target = self.preprocess(input, target)
-        groups = self._groups
+        elif mask is None and len(groups) == 1 and groups[0].store.repeat(input, target):
+            self._version += 1
+            return
         if len(groups) == 1:
             store = groups[0].store
-            store.add(*store.prepare(input, target, mask))
+            rows, samples = store.prepare(input, target, mask)
+            store.add(rows, samples)
+            store.remember(input, target, rows)
         else:
             prepared = [group.store.prepare(input, target, mask) for group in groups]
             for group, (rows, samples) in zip(groups, prepared, strict=True):

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from .inputs import Rows
 
+_MOST_WAITING = 64
+
 
 class RowBuffer:
     """Rows in preallocated tensors: of a fixed capacity, or growing by doubling.
 
-    The dtype is the promotion of everything that was given. A mask is kept from the first masked rows on.
+    The dtype is the promotion of everything that was given. A mask is kept from the first masked rows on. Small batches
+    may wait as copies of their own until they are read: joining many at once is several times faster than each alone.
     """
 
     def __init__(self, capacity: int | None = None, device: torch.device | None = None) -> None:
@@ -23,6 +26,21 @@ class RowBuffer:
         self.mask: Tensor | None = None
         self._room = 0
         self._in_flight = False
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add_copies(self, scores: Tensor, targets: Tensor) -> None:
+        """Take rows without a mask, of the kind of those before, that nobody else holds."""
+        self._waiting.append((scores, targets))
+        self.size += scores.shape[0]
+        if len(self._waiting) >= _MOST_WAITING:
+            self._join()
+
+    def _join(self) -> None:
+        scores, targets = zip(*self._waiting, strict=True)
+        self._waiting = []
+        rows = Rows(torch.cat(scores), torch.cat(targets))
+        self.size -= rows.scores.shape[0]
+        self.append(rows)
 
     def append(self, rows: Rows) -> None:
         """Copy rows behind those that are there.
@@ -30,6 +48,8 @@ class RowBuffer:
         Raises:
             ValueError: the rows are of another kind (labels or scores) or width than those before.
         """
+        if self._waiting:
+            self._join()
         scores, targets, mask = rows[:3]
         count, start = scores.shape[0], self.size
         stop = start + count
@@ -61,7 +81,9 @@ class RowBuffer:
         return Rows(self.scores[start:stop], self.targets[start:stop], mask)
 
     def settle(self) -> None:
-        """Wait for copies from an accelerator that are still on their way."""
+        """Join what waits, and wait for copies from an accelerator that are still on their way."""
+        if self._waiting:
+            self._join()
         if self._in_flight:
             torch.cuda.synchronize()
             self._in_flight = False

@@ -17,6 +17,7 @@ from .sync import row_type
 
 BLOCK = 4096
 _BLOCK_ELEMENTS = 2**22
+_SMALL_ELEMENTS = 2**14
 
 
 class Store:
@@ -63,6 +64,7 @@ class Store:
     def clear(self) -> None:
         """Forget everything."""
         self.buffer = RowBuffer(None, self.device)
+        self.like: tuple[Any, ...] | None = None  # what a batch is like that `repeat` can take
         self.block = BLOCK  # rows that may wait to be folded in
         self.sums: Sums = {}  # of rows that were folded in
         self.last_direct: Sums = {}  # what the last update added to pieces that are not made of rows
@@ -83,6 +85,33 @@ class Store:
         if self.folded:
             self.buffer.check(rows)
         return rows, to_rows(self.spec, input, target, mask, per_sample=True) if self.direct else None
+
+    def repeat(self, input: Any, target: Any) -> bool:
+        """Add a batch that is exactly like the last one, without looking at it closer; return whether it is.
+
+        Most batches of a loop are, and for small ones the looking costs more than the adding.
+        """
+        if type(input) is not Tensor or type(target) is not Tensor or self.like != _describe(input, target):
+            return False
+        buffer = self.buffer
+        start = buffer.size
+        stop = start + input.shape[0]
+        if stop > self.block and not self.keep:
+            return False
+        buffer.add_copies(input.detach().clone(), target.clone())
+        self.large, self.last = None, (start, stop)
+        return True
+
+    def remember(self, input: Any, target: Any, rows: Rows) -> None:
+        """Note what the batch is like that was just added, if `repeat` can take such ones: small, and rows as given."""
+        self.like = None
+        if rows.mask is not None or rows.misfit is not None or self.direct or self.spec.channel_dim is not None:
+            return
+        if type(input) is Tensor and type(target) is Tensor and input.dim() <= 2 and not target.requires_grad:
+            if (rows.scores.shape, rows.targets.shape) == (input.shape, target.shape) and self.large is None:
+                kept = self.buffer.scores
+                if 0 < input.numel() <= _SMALL_ELEMENTS and kept is not None and kept.device == input.device:
+                    self.like = _describe(input, target)
 
     def add(self, rows: Rows, samples: Rows | None) -> None:
         """Add the rows of one update."""
@@ -396,6 +425,10 @@ class Store:
         for name in ("sums", "last_direct"):
             state[name] = {key: value.to(device) for key, value in state[name].items()}
         self.load_state_dict(state)
+
+
+def _describe(input: Tensor, target: Tensor) -> tuple[Any, ...]:
+    return input.shape, target.shape, input.dtype, target.dtype, input.device, target.device, target.requires_grad
 
 
 def _new_state(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
