@@ -21,7 +21,7 @@ class Plan(NamedTuple):
         rows: rows of the batch that count; what follows up to `count * size` only fills up.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]
     size: int
     rows: int
 
@@ -150,10 +150,10 @@ def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
             of anything else the first is taken.
 
     Example:
-        >>> merge_outputs([{"logits": torch.ones(2, 1), "aux": torch.tensor(1.0)}, {"logits": torch.zeros(1, 1), "aux": torch.tensor(4.0)}], [2, 1])
-        {'logits': tensor([[1.],
-                [1.],
-                [0.]]), 'aux': tensor(2.)}
+        >>> one = {"logits": torch.ones(2), "aux": torch.tensor(1.0)}
+        >>> two = {"logits": torch.zeros(1), "aux": torch.tensor(4.0)}
+        >>> merge_outputs([one, two], [2, 1])
+        {'logits': tensor([1., 1., 0.]), 'aux': tensor(2.)}
     """
     first = outputs[0]
     if isinstance(first, Tensor) and first.dim() == 0 and first.is_floating_point():

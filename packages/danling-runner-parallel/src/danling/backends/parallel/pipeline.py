@@ -54,9 +54,7 @@ class Pipeline:
         self.count, self.size = count, size
         self.context = context
         self.has_first, self.has_last = 0 in self.parts, num_stages - 1 in self.parts
-        self.averaged: dict[int, nn.Module] = {}
-        self._schedules: dict[Any, BoundSchedule] = {}
-        self._checked: set[int] = set()
+        self._schedules: dict[tuple[bool, int, int], BoundSchedule] = {}
         self._source = dist.get_global_rank(group, 0)
         config = dist.get_backend_config(group) if hasattr(dist, "get_backend_config") else ""
         self._wire = torch.device("cpu") if "cpu:" in str(config) or dist.get_backend(group) == "gloo" else device
@@ -69,7 +67,7 @@ class Pipeline:
         loss: Callable[[int, Any, Plan], tuple[Tensor, Any, Tensor | None]],
         *,
         synchronise: bool,
-    ) -> tuple[Any, list[Tensor | None]]:
+    ) -> tuple[Any, list[Tensor | None], Plan]:
         """Run one batch forward and backward.
 
         Args:
@@ -82,8 +80,8 @@ class Pipeline:
             synchronise: average gradients over replicas at the end.
 
         Returns:
-            On the rank of the last stage the output of the whole batch and the losses of the microbatches; elsewhere
-            None and nothing.
+            On the rank of the last stage the output of the whole batch and the losses of the microbatches, elsewhere
+            None and nothing; and how the batch was cut.
         """
         plan, shapes = self._agree(source, full, rows)
         outputs: list[Any] = [None] * plan.count
@@ -95,18 +93,20 @@ class Pipeline:
             losses[index] = plain
             return scaled
 
-        schedule = self._schedule((True, "", plan.count, shapes), plan, self.parts)
+        schedule = self._schedule((True, plan.count, shapes))
         schedule.run(Job(plan.count, self._cut(source, plan), finish, synchronise, self.context))
-        return (_merge(outputs, plan), losses) if self.has_last else (None, [])
+        return (_merge(outputs, plan), losses, plan) if self.has_last else (None, [], plan)
 
-    def forward(self, source: Any, full: int | None, rows: int | None, *, averaged: bool = False) -> Any:
-        """Run one batch forward; return the output of the whole batch on the rank of the last stage, None elsewhere.
+    def forward(self, source: Any, full: int | None, rows: int | None) -> tuple[Any, Plan]:
+        """Run one batch forward.
 
         Args:
             source: the input, on the rank of the first stage; None elsewhere.
             full: rows of a full batch of the split, None when unknown.
             rows: of the batch, on the rank of the first stage.
-            averaged: run the modules in `averaged` instead of those that are trained.
+
+        Returns:
+            On the rank of the last stage the output of the whole batch, elsewhere None; and how the batch was cut.
         """
         plan, shapes = self._agree(source, full, rows)
         outputs: list[Any] = [None] * plan.count
@@ -115,15 +115,9 @@ class Pipeline:
             outputs[index] = keep_rows(output, plan, index)
             return torch.zeros((), device=self.device)
 
-        key = (False, "averaged" if averaged else "", plan.count, shapes)
-        schedule = self._schedule(key, plan, self.averaged if averaged else self.parts)
+        schedule = self._schedule((False, plan.count, shapes))
         schedule.run(Job(plan.count, self._cut(source, plan), finish, False, self.context))
-        return _merge(outputs, plan) if self.has_last else None
-
-    def set_averaged(self, parts: Mapping[int, nn.Module]) -> None:
-        """Use other modules, such as those of an average of the weights, for `forward(averaged=True)`."""
-        self.averaged = dict(parts)
-        self._schedules = {key: schedule for key, schedule in self._schedules.items() if not key[1]}
+        return (_merge(outputs, plan) if self.has_last else None), plan
 
     def _agree(self, source: Any, full: int | None, rows: int | None) -> tuple[Plan, int]:
         """Learn from the first stage how the batch is cut and what shapes its microbatches have."""
@@ -145,16 +139,15 @@ class Pipeline:
         ]
         return [((), dict(piece)) if isinstance(piece, Mapping) else ((piece,), {}) for piece in pieces]
 
-    def _schedule(self, key: Any, plan: Plan, parts: dict[int, nn.Module]) -> BoundSchedule:
+    def _schedule(self, key: tuple[bool, int, int]) -> BoundSchedule:
         schedule = self._schedules.pop(key, None)
         if schedule is None:
-            if plan.count not in self._checked:
-                self._checked.add(plan.count)
-                check_microbatch_count(self.name, plan.count, self.num_stages, dist.get_world_size(self.group))
+            backward, count, _ = key
+            check_microbatch_count(self.name, count, self.num_stages, dist.get_world_size(self.group))
             while len(self._schedules) >= SCHEDULES_KEPT:  # the same ones on every rank, in the same order
                 del self._schedules[next(iter(self._schedules))]
             schedule = BoundSchedule(
-                self.name, parts, self.num_stages, plan.count, self.device, self.group, backward=key[0]
+                self.name, self.parts, self.num_stages, count, self.device, self.group, backward=backward
             )
         self._schedules[key] = schedule
         return schedule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -87,11 +86,16 @@ def stage_indices(name: str, rank: int, degree: int, num_stages: int) -> list[in
     return list(range(rank, num_stages, degree))
 
 
-def check_microbatch_count(name: str, count: int, num_stages: int, degree: int) -> None:
-    """Check that a schedule can run so many microbatches; warn when ranks will mostly wait.
+def check_microbatch_count(name: str, count: int, num_stages: int, degree: int) -> str | None:
+    """Check that a schedule can run so many microbatches; return a warning when ranks will mostly wait.
 
     Raises:
         ConfigError: the schedule cannot.
+
+    Example:
+        >>> check_microbatch_count("1F1B", 8, num_stages=4, degree=4)
+        >>> check_microbatch_count("1F1B", 2, num_stages=4, degree=4)[:32]
+        '2 microbatches for 4 pipeline st'
     """
     if name == "DualPipeV" and count < num_stages:
         raise ConfigError(
@@ -105,11 +109,11 @@ def check_microbatch_count(name: str, count: int, num_stages: int, degree: int) 
             f"{rounds} equal rounds; a multiple of the {degree} ranks of the pipeline always can"
         )
     if count < num_stages:
-        warnings.warn(
+        return (
             f"{count} microbatches for {num_stages} pipeline stages leave ranks idle (bubbles) for most of a step; "
-            "raise parallel.pipeline_n_microbatches or the batch size",
-            stacklevel=2,
+            "raise parallel.pipeline_n_microbatches or the batch size"
         )
+    return None
 
 
 class Job:

@@ -209,7 +209,8 @@ def check_stages(
     Example:
         >>> check_stages({0: ["0.weight"], 1: ["1.weight"]}, whole=["0.weight", "1.weight"])
         []
-        >>> check_stages({0: ["embed.weight"], 1: ["head.weight"]}, shared=[{"embed.weight", "head.weight"}], tied=["head.weight"])
+        >>> pair = {"embed.weight", "head.weight"}
+        >>> check_stages({0: ["embed.weight"], 1: ["head.weight"]}, shared=[pair], tied=pair)
         [{0: 'embed.weight', 1: 'head.weight'}]
     """
     owners: dict[str, list[int]] = {}
