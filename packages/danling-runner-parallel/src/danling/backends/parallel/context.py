@@ -130,12 +130,16 @@ class ParallelContext:
             raise ConfigError("\n  ".join(lines))
 
 
+_NO_MATCH = (
+    "no built-in plan matches a module of the model (they cover nn.TransformerEncoderLayer, nn.TransformerDecoderLayer "
+    "and nn.MultiheadAttention), and it has no parallelize(ctx) that took the axis with ctx.took"
+)
 MISSING = {
     "replicate": "the model has no parameters to train",
     "shard": "the model has no parameters to train",
-    "context": "no built-in plan matches a module of the model, and it has no parallelize(ctx) that took the axis",
+    "context": _NO_MATCH,
     "pipeline": "no schedule over stages of the model was bound",
-    "tensor": "no built-in plan matches a module of the model, and it has no parallelize(ctx) that took the axis",
+    "tensor": _NO_MATCH,
     "expert": "the model needs a parallelize(ctx) that splits its experts and calls ctx.took('expert')",
     "expert_tensor": "the model needs a parallelize(ctx) that splits its experts and calls ctx.took('expert_tensor')",
 }

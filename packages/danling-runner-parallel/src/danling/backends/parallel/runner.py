@@ -24,7 +24,7 @@ from danling.runners.state import RunnerMode
 from .averaging import ShardedEMA
 from .checks import broadcast_state, check_replicas, materialize_meta
 from .context import ParallelContext
-from .parallelize import apply_plans
+from .parallelize import parallelize_part, share_axes
 from .sharding import data_mesh, shard_model, sharded_modules
 from .topology import AXES, ParallelTopology
 
@@ -159,6 +159,7 @@ class ParallelRunner(TorchRunner):
         parts = self.build_pipeline_model_parts()
         self.model_parts = [self._materialize_part(part) for part in parts]
         self.model = self.model_parts[0]
+        share_axes(self.parallel)
         self._wrap_data_parallel()
         if self.pipeline is not None:
             self.pipeline_schedule = self.build_pipeline_schedule()
@@ -210,14 +211,14 @@ class ParallelRunner(TorchRunner):
     def parallelize_model(self, part: nn.Module) -> nn.Module:
         """Split the layers of a part over the tensor, context and expert axes; return the module to use.
 
-        The default calls the model's `parallelize(ctx)`, or takes the mapping of `build_parallel_plan(ctx)`, or applies the
-        built-in plans.
+        The default calls the model's `parallelize(ctx)`, or applies the mapping of `build_parallel_plan(ctx)`; axes that are
+        then left get the built-in plans.
 
         Raises:
             TypeError: the model's hook returned something that is no module.
             ConfigError, NotImplementedError: an axis is in use and nothing applies to this model.
         """
-        return apply_plans(part, self.parallel)
+        return parallelize_part(part, self.parallel)
 
     def apply_activation_checkpointing(self, part: nn.Module) -> None:
         """Let the modules named by `activation_checkpoint` keep no activations."""

@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 gave these functions new names and warns about the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -90,14 +94,14 @@ def _reduced(tensor: Tensor, axis: Axis) -> Tensor:
 def _gathered(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
     tensor = tensor.contiguous()
     whole = tensor.new_empty(axis.degree, *tensor.shape)
-    dist.all_gather_into_tensor(whole.flatten(0, 1) if tensor.dim() else whole, tensor, group=axis.group)
+    _all_gather(whole.flatten(0, 1) if tensor.dim() else whole, tensor, group=axis.group)
     return torch.cat(whole.unbind(), dim)
 
 
 def _scattered(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
     parts = torch.stack(tensor.chunk(axis.degree, dim))
     result = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(result, parts.flatten(0, 1), group=axis.group)
+    _reduce_scatter(result, parts.flatten(0, 1), group=axis.group)
     return result
 
 
