@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -114,6 +115,15 @@ class ParallelContext:
     def taken(self) -> frozenset[str]:
         """Axes that were reported."""
         return frozenset(self._taken)
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """A context in which `taken` tells what was reported for one part of the model; afterwards, for all so far."""
+        earlier, self._taken = self._taken, set()
+        try:
+            yield
+        finally:
+            self._taken |= earlier
 
     def require(self, axes: Iterable[str] = AXES) -> None:
         """Refuse to go on while an axis in use has nothing that keeps it in step.

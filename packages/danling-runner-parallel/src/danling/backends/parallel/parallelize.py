@@ -37,16 +37,17 @@ def parallelize_part(part: nn.Module, ctx: ParallelContext) -> nn.Module:
         NoPlanError: an axis is in use that nothing takes. With a pipeline another stage may take it: see `share_axes`.
         ConfigError: a built-in plan matches, but does not fit.
     """
-    if callable(hook := getattr(part, "parallelize", None)):
-        name = type(part).__name__
-        part = hook(ctx)
-        if not isinstance(part, nn.Module):
-            raise TypeError(f"{name}.parallelize(ctx) must return a torch.nn.Module, got {type(part).__name__}")
-    elif callable(build := getattr(part, "build_parallel_plan", None)):
-        apply_styles(part, build(ctx), ctx)
-    for axis, apply in PLANS.items():
-        if ctx.degree(axis) > 1 and axis not in ctx.taken and apply(part, ctx):
-            ctx.took(axis)
+    with ctx.part():
+        if callable(hook := getattr(part, "parallelize", None)):
+            name = type(part).__name__
+            part = hook(ctx)
+            if not isinstance(part, nn.Module):
+                raise TypeError(f"{name}.parallelize(ctx) must return a torch.nn.Module, got {type(part).__name__}")
+        elif callable(build := getattr(part, "build_parallel_plan", None)):
+            apply_styles(part, build(ctx), ctx)
+        for axis, apply in PLANS.items():
+            if ctx.degree(axis) > 1 and axis not in ctx.taken and apply(part, ctx):
+                ctx.took(axis)
     if ctx.degree("pipeline") == 1:
         require_plans(ctx)
     return part
