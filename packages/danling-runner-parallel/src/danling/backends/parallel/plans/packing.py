@@ -8,6 +8,7 @@ FSDP2 take as it is. Whatever leaves the process passes through this file, which
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -97,30 +98,36 @@ class PackedShard:
     unsplit parameter, so that files hold its usual name, shape and order.
 
     Args:
+        tensor: a split parameter, also one that FSDP2 has split once more.
+        blocks: matrices packed in it.
+        degree: ranks that share each of them.
+
+    Attributes:
         local: the rows held here, in the order they have here; read and written in place.
-        shape: shape of the whole.
-        runs: where they belong.
-        column: where the columns held here begin in the whole, for each further dimension.
+        shape: of the whole.
+        runs: where the rows belong.
+        device_mesh, placements: of the tensor, which tell who holds the same.
     """
 
-    def __init__(self, local: Tensor, shape: torch.Size, runs: list[Run], column: tuple[int, ...] = ()) -> None:
-        self.local = local
-        self.shape = torch.Size(shape)
-        self.runs = runs
-        self.column = column or (0,) * (len(shape) - 1)
-
-    @classmethod
-    def of(cls, tensor: DTensor, blocks: int, degree: int) -> PackedShard:
-        """Describe a split parameter, also one that FSDP2 has split once more."""
+    def __init__(self, tensor: DTensor, blocks: int, degree: int) -> None:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        runs = runs_of(tensor.shape[0], offsets[0], sizes[0], blocks, degree) if math.prod(sizes) else []
-        return cls(tensor.to_local().detach(), tensor.shape, runs, tuple(offsets[1:]))
+        self.runs = runs_of(tensor.shape[0], offsets[0], sizes[0], blocks, degree) if math.prod(sizes) else []
+        self.local = tensor.to_local().detach()
+        self.shape, self.device_mesh, self.placements = tensor.shape, tensor.device_mesh, tensor.placements
+        self._rest = tuple(offsets[1:]), tuple(sizes[1:])
 
     def with_local(self, local: Tensor) -> PackedShard:
-        """The same rows in other memory, such as a copy on the host."""
-        return PackedShard(local, self.shape, self.runs, self.column)
+        """The same rows in other memory."""
+        twin = copy.copy(self)
+        twin.local = local
+        return twin
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
+        return self.local.dtype
 
     def size(self) -> torch.Size:
         """Shape of the whole."""
@@ -144,10 +151,9 @@ class PackedShard:
     def __create_chunk_list__(self) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        rest = tuple(self.local.shape[1:])
+        offsets, sizes = self._rest
         return [
-            ChunkStorageMetadata(torch.Size((run.row, *self.column)), torch.Size((run.length, *rest)))
-            for run in self.runs
+            ChunkStorageMetadata(torch.Size((run.row, *offsets)), torch.Size((run.length, *sizes))) for run in self.runs
         ]
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
