@@ -23,8 +23,10 @@ class Autograd:
     __slots__ = ()
 
     def _root(self) -> tuple[Tensor, bool]:
-        from danling.tensors.nested_tensor import _Read, values_of
+        from danling.tensors.nested_tensor import _Read, is_traced, values_of
 
+        if is_traced(self._values):  # type: ignore[attr-defined]
+            return self, True  # type: ignore[return-value]
         values = values_of(self)  # type: ignore[arg-type]
         outside = isinstance(values.grad_fn, _Read._backward_cls)  # type: ignore[attr-defined]
         return (self, True) if outside else (values, False)  # type: ignore[return-value]
@@ -51,8 +53,11 @@ class Autograd:
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Make a leaf record gradients, or stop."""
-        from danling.tensors.nested_tensor import rebind, values_of
+        from danling.tensors.nested_tensor import is_traced, rebind, values_of
 
+        if is_traced(self._values):  # type: ignore[attr-defined]
+            with _PlainTensors():
+                return _Base.requires_grad_(self, requires_grad)
         values = values_of(self)  # type: ignore[arg-type]
         if values.requires_grad == requires_grad:
             return self
@@ -63,7 +68,8 @@ class Autograd:
     def is_leaf(self) -> bool:
         """Whether no recorded op made this tensor."""
         root, outside = self._root()
-        return not outside and root.is_leaf
+        with _PlainTensors():
+            return _Base.is_leaf.__get__(root) if root is self else not outside and root.is_leaf
 
     @property
     def grad_fn(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any
@@ -34,11 +35,25 @@ def wrap(values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:
     The result is a view of `values` as far as autograd is concerned, so code outside the op layer (a custom
     `autograd.Function`, hooks, DDP) sees the same graph at no extra cost.
     """
+    if type(values) is not Tensor and is_traced(values):
+        return join(values, layout, flags)
     out = _as_subclass(values, NestedTensor)
     out._values = values
     out._layout = layout
     out._flags = flags
     return out
+
+
+def is_traced(values: Tensor) -> bool:
+    """Whether a tensor is a tracer's own: fake, functional or otherwise without memory of its own."""
+    return type(values).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def join(values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:
+    """`wrap` for a tracer's tensors."""
+    from danling.tensors.tracing import join
+
+    return join(values, layout, flags)
 
 
 class _Read(torch.autograd.Function):
@@ -65,7 +80,9 @@ def values_of(x: NestedTensor) -> Tensor:
         with _PlainTensors():
             outside = _base_requires_grad(x)
         if outside:
-            values = x._values = _Read.apply(x)
+            values = _Read.apply(x)
+            if not is_traced(values):
+                x._values = values
     return values
 
 
@@ -153,7 +170,7 @@ def fill_tensor(value: Any, dtype: torch.dtype) -> Tensor:
     found: Any = _fills.get(key)
     if found is None:
         try:
-            found = torch.tensor(value, dtype=dtype)
+            found = torch.tensor(value, dtype=dtype, device="cpu")
             exact = found.dtype.is_complex or dtype.is_floating_point or found.item() == value
             if dtype.is_floating_point and dtype.itemsize > 1:
                 exact = bool(found.isfinite()) or value in (float("inf"), float("-inf")) or value != value
@@ -335,6 +352,56 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
             return wrap(out, first._layout, first._flags)
         return out
 
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        from danling.tensors.tracing import flatten
+
+        return flatten(self)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, constants: Any, outer_size: Any, outer_stride: Any) -> NestedTensor:
+        from danling.tensors.tracing import unflatten
+
+        return unflatten(inner, constants, outer_size, outer_stride)
+
+    @property
+    def _packed(self) -> Tensor:
+        from danling.tensors.tracing import packed
+
+        return packed(self)
+
+    @property
+    def _row_offsets(self) -> Tensor:
+        return self._layout.segments.on("offsets", self._values.device)
+
+    @property
+    def _row_sizes(self) -> Tensor:
+        return self._layout.segments.on("sizes", self._values.device)
+
+    @property
+    def _dynamo_propagated_dynamic_indices(self) -> set[int]:
+        layout = self._layout
+        return {layout.batch_dim, *map(layout.shape_dim, layout.ragged_dims)}
+
+    @_dynamo_propagated_dynamic_indices.setter
+    def _dynamo_propagated_dynamic_indices(self, value: set[int]) -> None:
+        """Always the batch and the ragged dims, whatever a compiled region found of its outputs."""
+
+    def _is_view(self) -> bool:
+        return False
+
+    def untyped_storage(self) -> Any:
+        """Refused."""
+        if is_traced(self._values):
+            with _PlainTensors():
+                return _Base.untyped_storage(self)
+        if asked_by_torch():
+            return torch.UntypedStorage(1)  # of its own: the values are described apart
+        return self._refuse()
+
+    def storage_offset(self) -> int:
+        """Refused."""
+        return 0 if is_traced(self._values) or asked_by_torch() else self._refuse()
+
     # Structure.
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -354,6 +421,8 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
 
     def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
         """The padded shape, or one of its sizes."""
+        if dim is None and is_traced(self._values) and for_guard():
+            return self._values.size()
         return self._layout.shape if dim is None else self._layout.shape[dim]
 
     def __len__(self) -> int:
@@ -431,6 +500,8 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
 
     def stride(self, dim: int | None = None) -> Any:  # type: ignore[override]
         """Contiguous strides of `.shape`."""
+        if dim is None and is_traced(self._values) and for_guard():
+            return self._values.stride()
         strides, step = [], 1
         for size in reversed(self._layout.shape):
             strides.append(step)
@@ -601,7 +672,7 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a NestedTensor has no dense storage; use .concat (packed values) or .tensor (padded copy)")
 
-    data_ptr = untyped_storage = storage = storage_offset = as_strided = as_strided_ = set_ = resize_ = _refuse
+    data_ptr = storage = as_strided = as_strided_ = set_ = resize_ = _refuse
     resize_as_ = numpy = __array__ = __dlpack__ = __dlpack_device__ = _refuse
 
     def _refuse_map(self, *args: Any, **kwargs: Any) -> Any:
@@ -614,6 +685,16 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
 
     to_sparse = to_sparse_csr = to_sparse_csc = to_sparse_bsr = to_sparse_bsc = to_sparse_coo = _refuse_kind
     to_dense = to_mkldnn = sparse_mask = sparse_resize_ = _refuse_kind
+
+
+def asked_by_torch() -> bool:
+    """Whether the caller of the caller is torch's own tracing machinery, which describes tensors by their storage."""
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("torch._")
+
+
+def for_guard() -> bool:
+    """Whether the caller of the caller records the sizes that guards compare with the C++ size, that of the values."""
+    return sys._getframe(2).f_globals.get("__name__") == "torch._dynamo.variables.builder"
 
 
 def _indent(text: str) -> str:

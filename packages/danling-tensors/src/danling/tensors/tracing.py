@@ -1,0 +1,244 @@
+"""What `torch.compile` and fake tensors see of a NestedTensor.
+
+To torch's tracers a NestedTensor is its packed values plus one int64 tensor of row offsets: `__tensor_flatten__` names these
+two (and the sizes, with several ragged dims), and only which dims are ragged and the flags are constants. Row count, batch
+size and longest length are symbolic ints, read from the shapes of those tensors and from the padded `.shape`, so no list of
+lengths is ever guarded; what needs the lengths themselves raises `LengthsError`. Inside a trace every rule of the op table
+runs as it is, on fake tensors, with a `TracedSegments` in its layout that builds index maps by torch operations on the
+offsets. A traced NestedTensor is a wrapper that shares no memory with its values, so the two are joined in the autograd
+graph by a pair of functions, `_Join` and the `_Read` that eager mode uses as well. Structures that are not known to be equal
+because they came from different offsets are compared when the compiled code runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danling.tensors.layout import Layout, Segments
+from danling.tensors.nested_tensor import Flags, NestedTensor, is_traced, values_of, wrap
+
+_INT64 = torch.int64
+
+
+class LengthsError(RuntimeError):
+    """A call that needs the lengths themselves while a graph is traced, where they are not known."""
+
+
+class TracedSegments(Segments):
+    """Ragged sizes known by their offsets alone: symbolic in a trace, read on demand outside of one.
+
+    Args:
+        offsets: `(B+1,)` int64 on the device of the values.
+        sizes: `(B, k)` int64 beside it, for `k > 1`.
+        batch_size: `B`.
+        rows: Number of rows.
+        max_sizes: Largest size of each ragged dim; given, because reading it would take the lengths.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self, offsets: Tensor, sizes: Tensor | None, batch_size: Any, rows: Any, max_sizes: tuple[Any, ...]
+    ) -> None:
+        self._sizes = None
+        self._offsets = None
+        self._table = None
+        self._hash = None
+        self.batch_size, self.k, self.rows, self.max_sizes = batch_size, len(max_sizes), rows, max_sizes
+        self._cache = {"source": offsets, ("offsets", offsets.device, _INT64): offsets}
+        if sizes is not None:
+            self._cache[("sizes", offsets.device, _INT64)] = sizes
+
+    @property
+    def source(self) -> Tensor:
+        """The offsets that stand for these segments."""
+        return self._cache["source"]
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether the lengths are unknown because a graph is being traced."""
+        return is_traced(self.source)
+
+    @property
+    def sizes(self) -> Tensor:
+        """`(B, k)` int64, on the CPU unless traced."""
+        if self._sizes is None:
+            sizes = self.on("sizes", self.source.device)
+            self._sizes = sizes if self.symbolic else sizes.cpu()
+        return self._sizes
+
+    @property
+    def offsets(self) -> Tensor:
+        """`(B+1,)` int64, on the CPU unless traced."""
+        if self._offsets is None:
+            self._offsets = self.source if self.symbolic else self.source.cpu()
+        return self._offsets
+
+    @property
+    def table(self) -> list[int]:
+        """All sizes as one flat list.
+
+        Raises:
+            LengthsError: A graph is being traced.
+        """
+        if self._table is None:
+            if self.symbolic:
+                raise LengthsError(
+                    "this op reads the lengths of a NestedTensor, which are not known while a graph is traced; "
+                    "call it outside of the compiled region (torch.compiler.disable), or write it on .concat"
+                )
+            self._table = self.sizes.flatten().tolist()
+        return self._table
+
+    def on(self, name: Any, device: torch.device, dtype: torch.dtype = _INT64) -> Tensor:
+        """See `Segments.on`."""
+        if not self.symbolic:
+            return super().on(name, device, dtype)
+        key = (name, device, dtype)
+        found = self._cache.get(key)
+        if found is None:
+            with torch.no_grad():
+                found = self._cache[key] = self._build(name, device).to(dtype)
+        return found
+
+    def _build(self, name: Any, device: torch.device) -> Tensor:
+        own = self.source.device
+        if device != own:
+            return self.on(name, own).to(device)
+        if name == "sizes":
+            return self.on("lengths", device)[:, None]
+        return super()._build(name, device)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Segments):
+            return NotImplemented
+        if self.k != other.k or self.batch_size != other.batch_size or self.rows != other.rows:
+            return False
+        mine, theirs = self.source, other.on("offsets", self.source.device)
+        if mine is theirs:
+            return True
+        if not (is_traced(mine) or is_traced(theirs)):
+            return self.table == other.table
+        same = (mine == theirs).all()
+        if self.k > 1:
+            same = same & (self.on("sizes", mine.device) == other.on("sizes", mine.device)).all()
+        torch._assert_async(same, "NestedTensors combined in compiled code have different lengths")
+        return True
+
+    def __hash__(self) -> int:
+        return id(self) if self.symbolic else super().__hash__()
+
+    def __reduce__(self) -> Any:
+        return Segments, (self.sizes,)
+
+
+def uniform(batch_size: Any, length: Any, device: torch.device) -> TracedSegments:
+    """Segments of equal length, of symbolic ints."""
+    offsets = torch.arange(batch_size + 1, device=device) * length
+    return TracedSegments(offsets, None, batch_size, batch_size * length, (length,))
+
+
+def bare(values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:
+    """A traced NestedTensor that is not part of the autograd graph."""
+    with torch.no_grad():
+        out = Tensor._make_wrapper_subclass(
+            NestedTensor,
+            values.size(),
+            values.stride(),
+            values.storage_offset(),
+            dtype=values.dtype,
+            device=values.device,
+        )
+    out._values, out._layout, out._flags = values, layout, flags
+    return out
+
+
+class _Join(torch.autograd.Function):
+    """Values to the NestedTensor over them; the gradient comes back as a NestedTensor, or packed already."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        return bare(values.detach(), layout, flags)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+        return (values_of(grad) if isinstance(grad, NestedTensor) else grad), None, None
+
+
+def join(values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:
+    """What `wrap` does with the tensors of a tracer."""
+    if not (values.requires_grad and torch.is_grad_enabled()):
+        return bare(values, layout, flags)
+    out = _Join.apply(values, layout, flags)
+    out._values = values
+    return out
+
+
+def packed(x: NestedTensor) -> Tensor:
+    """The values outside the autograd graph: in a trace the NestedTensor alone is part of it."""
+    values = x._values
+    if is_traced(values) or not values.requires_grad:
+        return values
+    kept = x.__dict__.get("_kept")  # guards refer to the very tensor
+    if kept is None or kept[0] is not values:
+        kept = x._kept = values, values.detach()  # type: ignore[attr-defined]
+    return kept[1]
+
+
+def flatten(x: NestedTensor) -> tuple[list[str], Any]:
+    """Names of the tensors inside, and what is constant about them."""
+    layout, flags = x._layout, x._flags
+    fill = "nan" if flags[0] != flags[0] else flags[0]  # NaN would not equal itself, and compile anew each time
+    k = len(layout.ragged_dims)
+    for tensor in (x._packed, x._row_offsets) if k else (x._packed,):
+        tensor._dynamo_propagated_dynamic_indices = {0}  # type: ignore[attr-defined]
+    names = ["_packed", "_row_offsets", "_row_sizes"] if k > 1 else ["_packed", "_row_offsets"] if k else ["_packed"]
+    return Inner(names), (layout.ragged_dims, layout.batch_first, fill, type(fill), flags[1])
+
+
+class Inner(list):
+    """Names of inner tensors; members that are tensors made of them count as such when a trace asks for one."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in ("tensor", "mask", "concat", "lengths")
+
+
+def unflatten(inner: dict[str, Tensor], constants: Any, outer_size: Any, outer_stride: Any) -> NestedTensor:
+    """The inverse of `flatten`, in a trace and when compiled code returns."""
+    ragged_dims, batch_first, fill, kind, mask_value = constants
+    values = inner["_packed"]
+    flags = (float("nan") if fill == "nan" else fill), mask_value
+    batch_dim = 0 if batch_first or len(outer_size) == 1 else 1
+    batch = outer_size[batch_dim]
+    static = tuple(values.shape[1:])
+    if not ragged_dims:
+        segments: Segments = Segments(torch.empty(batch, 0, dtype=_INT64)) if not is_traced(values) else fixed(values)
+    else:
+        element = [size for d, size in enumerate(outer_size) if d != batch_dim]
+        offsets = inner["_row_offsets"]
+        if is_traced(offsets) and offsets.shape[0] != batch + 1:  # tells the tracer so
+            raise ValueError(f"offsets of shape {tuple(offsets.shape)} do not belong to a batch of {batch}")
+        found = getattr(offsets, "_danling_segments", None)
+        if found is not None and not is_traced(offsets):
+            segments = found
+        else:
+            segments = TracedSegments(
+                offsets, inner.get("_row_sizes"), batch, values.shape[0], tuple(element[d] for d in ragged_dims)
+            )
+    layout = Layout(segments, ragged_dims, static, batch_first)
+    if is_traced(values):
+        return bare(values, layout, flags)
+    return wrap(values, layout, flags)
+
+
+def fixed(values: Tensor) -> TracedSegments:
+    """Segments of elements without ragged dims."""
+    batch = values.shape[0]
+    offsets = torch.arange(batch + 1, device=values.device)
+    return TracedSegments(offsets, None, batch, batch, ())
