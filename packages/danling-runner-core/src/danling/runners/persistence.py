@@ -6,7 +6,7 @@ import fnmatch
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Snapshot:
 
     def __init__(self, runner: Persistence, kind: str) -> None:
         self._runner, self._kind = runner, kind
+        self.collective = runner.writes_together
 
     def capture(self) -> None:
         """Copy the state; from here on training may go on."""
@@ -56,6 +57,16 @@ class Snapshot:
             (write_json if name == RECORD else write_yaml)(directory / name, content)
         return [*self._files, *(self._write_engine(directory) or ())]
 
+    @property
+    def report(self) -> Any:
+        """What the engine's part of `write` has to tell the main process."""
+        return getattr(self._write_engine, "report", None)
+
+    def finish(self, directory: Path, reports: Sequence[Any]) -> None:
+        """Write, on the main process, what takes the reports of all ranks."""
+        if finish := getattr(self._write_engine, "finish", None):
+            finish(directory, reports)
+
 
 _Host: Any = object  # part of BaseRunner: what is used here and not defined here is the runner's
 
@@ -65,6 +76,7 @@ class Persistence(_Host):
 
     resumed_from: Any = None
     last_checkpoint: str | None = None
+    writes_together = False  # whether the ranks of the engine meet while they write
     _periodic = False
     _best_at: tuple[int, int] | None = None
 

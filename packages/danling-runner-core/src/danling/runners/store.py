@@ -35,7 +35,10 @@ class Snapshot(Protocol):
 
     A snapshot may also have `capture()`: called on the training thread once the save before it is out of the way and
     it is certain that something will be written, so that host buffers can be reused. From its return on, the snapshot
-    must not depend on live state.
+    must not depend on live state. With a true attribute `collective`, `write` is called on all ranks or on none.
+
+    What a snapshot has in its attribute `report` after `write` reaches the main process, where `finish(directory,
+    reports)` is called with those of all ranks, in order, just before the commit; it may write further files.
     """
 
     def write(self, directory: Path) -> Iterable[str] | None:
@@ -53,6 +56,7 @@ class _Job:
     snapshot: Snapshot
     error: BaseException | None = None
     files: dict[str, Any] = field(default_factory=dict)
+    report: Any = None
     thread: threading.Thread | None = None
     needs_commit: bool = False
 
@@ -192,6 +196,8 @@ class CheckpointStore:
                 capture()
         except Exception as error:  # the other ranks learn of it when they commit
             job.error = error
+        if getattr(snapshot, "collective", False):
+            self._share_error(job)
         if not self.asynchronous or final:
             self._write(job)
             return self._commit(job)
@@ -202,6 +208,12 @@ class CheckpointStore:
         atexit.register(job.thread.join)  # a process that ends without `close` still finishes the save
         job.thread.start()
         return None
+
+    def _share_error(self, job: _Job) -> None:
+        """Let no rank begin to write with others of which one cannot."""
+        errors = self.coordinator.gather_objects(_describe(job.error))
+        if job.error is None and any(errors):
+            job.error = CheckpointError("another rank has failed")
 
     def _prepare(self, name: str, meta: Mapping[str, Any], force: bool) -> tuple[str, str, str]:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -232,6 +244,7 @@ class CheckpointStore:
             if job.error is None:
                 names = job.snapshot.write(job.staging)
                 job.files = describe_files(job.staging, names or ())
+                job.report = getattr(job.snapshot, "report", None)
         except Exception as error:
             job.error = error
 
@@ -241,9 +254,9 @@ class CheckpointStore:
 
     def _commit(self, job: _Job) -> CheckpointError | None:
         try:
-            reports = self.coordinator.gather_objects((_describe(job.error), job.files))
+            outcomes = self.coordinator.gather_objects((_describe(job.error), job.files, job.report))
             crash_point("save.barrier")
-            errors = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(reports) if text is not None]
+            errors = [f"rank {rank}: {text}" for rank, (text, *_) in enumerate(outcomes) if text is not None]
             if errors:
                 if self.coordinator.is_main:
                     shutil.rmtree(job.staging, ignore_errors=True)
@@ -251,16 +264,19 @@ class CheckpointStore:
                 if job.error is not None and len(errors) == 1:
                     raise job.error
                 raise CheckpointError("; ".join(errors))
-            self._agree(self._rename, job, [files for _, files in reports])
+            self._agree(self._rename, job, [files for _, files, _ in outcomes], [report for *_, report in outcomes])
             self._agree(self._move_aliases, job.name, job.aliases)
         except Exception as error:
             return self._failed(job.name, error)
         self._succeeded(job.name)
         return None
 
-    def _rename(self, job: _Job, tables: Sequence[dict[str, Any]]) -> None:
+    def _rename(self, job: _Job, tables: Sequence[dict[str, Any]], reports: Sequence[Any]) -> None:
         staging = job.staging
         try:
+            finish = getattr(job.snapshot, "finish", None)
+            if finish is not None:
+                finish(staging, reports)
             files = {name: entry for table in tables for name, entry in table.items()}
             for name, entry in files.items():
                 if not (staging / name).exists():

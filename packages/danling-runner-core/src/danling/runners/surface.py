@@ -67,6 +67,10 @@ class Surface(_Host):
         """Devices and world, for the start summary."""
         return f"{self.device} × {self.world_size}"
 
+    def describe_engine(self) -> dict[str, str]:
+        """What the start summary should say of the engine."""
+        return {}
+
     def describe_environment(self) -> dict[str, Any]:
         """What `metadata` should say about devices and hosts."""
         return {}

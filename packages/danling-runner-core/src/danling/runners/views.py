@@ -192,6 +192,7 @@ def describe_start(runner: BaseRunner) -> dict[str, Any]:
         "directory": str(runner.dir),
         "stack": f"{runner.stack} ({runner.stack_reason})",
         "devices": runner.describe_devices(),
+        **runner.describe_engine(),
         "precision": config.precision or "fp32",
         "batch × ranks × accum": batch,
         "splits": ", ".join(_sizes(runner)),

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from danling.runners.discovery import load_engine
 from danling.runners.errors import CheckpointError, ResumeError
 from danling.runners.persistence import RECORDED
 
@@ -44,11 +45,17 @@ class Restoring(_Host):
 
     def engine_state(self) -> dict[str, Any]:
         """What the main process writes: file and content, live."""
-        files: dict[str, Any] = {MODEL: model_state(self.model)}
+        files = {MODEL: model_state(self.model), **self.side_state()}
+        if self.optimizer is not None:
+            state = optimizer_state(self.optimizer, self.iter_optimizer_named_parameters())
+            files[OPTIMIZER] = {**files.get(OPTIMIZER, {}), "optimizer": state}
+        return files
+
+    def side_state(self) -> dict[str, Any]:
+        """The part of it that is whole on every rank also where an engine splits weights and optimizer."""
+        files: dict[str, Any] = {}
         parts = {"scheduler": self.scheduler, "grad_scaler": self.grad_scaler}
         states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        if self.optimizer is not None:
-            states["optimizer"] = optimizer_state(self.optimizer, self.iter_optimizer_named_parameters())
         if self.ema is not None:
             files[EMA] = self._ema_weights() or self.ema.state_dict()
             if self._ema_weights():
@@ -111,7 +118,7 @@ class Restoring(_Host):
     def export_state(self, dtype: str | None = None, ema: bool = True) -> dict[str, Any]:
         """Weights for use elsewhere: those of the EMA when there is one, floating tensors cast."""
         averaged = ema and self.ema is not None and self._ema_ready
-        return cast_floating(model_state(self.evaluation_model if averaged else self.model), dtype)
+        return cast_floating(model_state(self.evaluation_model if averaged else self.unwrap(self.model)), dtype)
 
     def export(self, path: str | os.PathLike[str], dtype: str | None = None, ema: bool = True) -> None:
         """Write the weights as safetensors, on the main process.
@@ -251,4 +258,16 @@ class Restoring(_Host):
         path = self._store.resolve(src)
         if bad := self._store.verify(path):
             raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(bad)}")
-        return read_weights(path)
+        stack = self._store.read_manifest(path).get("stack") or self.stack
+        engine = type(self) if stack == self.stack or self.shares_payload(stack) else load_engine(stack)
+        return engine.checkpoint_weights(path)
+
+    @staticmethod
+    def checkpoint_weights(directory: Path, *, ema: bool = True) -> dict[str, Tensor]:
+        """Read the whole weights in a checkpoint directory of this stack, under the names of a plain module.
+
+        Args:
+            directory: verified.
+            ema: prefer the moving average where there is one.
+        """
+        return read_weights(directory, ema=ema)
