@@ -35,6 +35,7 @@ class Pipeline:
     Attributes:
         has_first: whether this rank holds the first stage, which takes the input.
         has_last: whether it holds the last one, which has the output.
+        weighs: whether anything counts in the window that the last batch was part of.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Pipeline:
         self.count, self.size = count, size
         self.context = context
         self.has_first, self.has_last = 0 in self.parts, num_stages - 1 in self.parts
+        self.weighs = True
         self._schedules: dict[tuple[bool, int, int], BoundSchedule] = {}
         self._source = dist.get_global_rank(group, 0)
         config = dist.get_backend_config(group) if hasattr(dist, "get_backend_config") else ""
@@ -67,6 +69,7 @@ class Pipeline:
         loss: Callable[[int, Any, Plan], tuple[Tensor, Any, Tensor | None]],
         *,
         synchronise: bool,
+        weighs: bool = True,
     ) -> tuple[Any, list[Tensor | None], Plan]:
         """Run one batch forward and backward.
 
@@ -78,12 +81,13 @@ class Pipeline:
                 returns what is backpropagated, with its factor; the output without rows that only fill up, None when
                 there are none; and the plain loss.
             synchronise: average gradients over replicas at the end.
+            weighs: whether anything in the window counts, which the first stage tells the others.
 
         Returns:
             On the rank of the last stage the output of the whole batch and the losses of the microbatches, elsewhere
             None and nothing; and how the batch was cut.
         """
-        plan, shapes = self._agree(source, full, rows)
+        plan, shapes = self._agree(source, full, rows, weighs)
         outputs: list[Any] = [None] * plan.count
         losses: list[Tensor | None] = [None] * plan.count
 
@@ -119,16 +123,17 @@ class Pipeline:
         schedule.run(Job(plan.count, self._cut(source, plan), finish, False, self.context))
         return (_merge(outputs, plan) if self.has_last else None), plan
 
-    def _agree(self, source: Any, full: int | None, rows: int | None) -> tuple[Plan, int]:
+    def _agree(self, source: Any, full: int | None, rows: int | None, weighs: bool = True) -> tuple[Plan, int]:
         """Learn from the first stage how the batch is cut and what shapes its microbatches have."""
-        message = torch.zeros(4, dtype=torch.int64, device=self._wire)
+        message = torch.zeros(5, dtype=torch.int64, device=self._wire)
         if self.has_first:
             assert rows is not None
             plan = plan_microbatches(rows, full, self.count, self.size)
             shapes = signature(take_rows(source, rows, 0, plan.size))
-            message = torch.tensor([*plan, shapes], dtype=torch.int64, device=self._wire)
+            message = torch.tensor([*plan, shapes, weighs], dtype=torch.int64, device=self._wire)
         dist.broadcast(message, src=self._source, group=self.group)
-        count, size, rows, shapes = message.tolist()
+        count, size, rows, shapes, weighs = message.tolist()
+        self.weighs = bool(weighs)
         return Plan(count, size, rows), shapes
 
     def _cut(self, source: Any, plan: Plan) -> Sequence[tuple[tuple[Any, ...], dict[str, Any]]] | None:

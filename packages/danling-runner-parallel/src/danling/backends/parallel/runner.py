@@ -25,11 +25,12 @@ from .averaging import ShardedEMA
 from .checks import broadcast_state, check_replicas, materialize_meta
 from .context import ParallelContext
 from .parallelize import parallelize_part, share_axes
+from .pipelining import Pipelining
 from .sharding import data_mesh, shard_model, sharded_modules
 from .topology import AXES, ParallelTopology
 
 
-class ParallelRunner(TorchRunner):
+class ParallelRunner(Pipelining, TorchRunner):
     """The engine for models that are replicated, sharded, cut into stages or split inside their layers.
 
     `parallel.axes` lays the ranks out. `replicate` and `shard` are DistributedDataParallel and FSDP2; `tensor` and
@@ -43,7 +44,7 @@ class ParallelRunner(TorchRunner):
         topology: degrees of the axes and the place of this rank.
         parallel: meshes, groups and collectives of the axes.
         model_parts: what this rank holds of the model: one module, or several stages.
-        pipeline_schedule: the schedule that runs the stages, None without a pipeline.
+        pipeline: the stages of this rank and the schedule that drives them, None without a pipeline.
     """
 
     stack: ClassVar[str | None] = "parallel"
@@ -54,8 +55,6 @@ class ParallelRunner(TorchRunner):
     topology: ParallelTopology
     parallel: ParallelContext
     model_parts: list[Any]
-    pipeline: Any = None
-    pipeline_schedule: Any = None
     _data_mesh: Any = None
     _synchronises = True
 
@@ -112,16 +111,6 @@ class ParallelRunner(TorchRunner):
         """Ranks whose losses, on parts of a batch, are averaged."""
         return self.topology.degree("loss")
 
-    @property
-    def pipeline_has_first_stage(self) -> bool:
-        """Whether this rank holds the stage that reads inputs."""
-        return self.pipeline is None or self.pipeline.has_first_stage
-
-    @property
-    def pipeline_has_last_stage(self) -> bool:
-        """Whether this rank holds the stage that computes losses."""
-        return self.pipeline is None or self.pipeline.has_last_stage
-
     def describe_devices(self) -> str:
         """Devices, world and layout, for the start summary."""
         return f"{super().describe_devices()}, {self.topology.describe()}"
@@ -161,8 +150,8 @@ class ParallelRunner(TorchRunner):
         self.model = self.model_parts[0]
         share_axes(self.parallel)
         self._wrap_data_parallel()
+        self.pipeline = self.build_pipeline_schedule()
         if self.pipeline is not None:
-            self.pipeline_schedule = self.build_pipeline_schedule()
             self.parallel.took("pipeline")
         self.parallel.require()
         self.check_replicas("at the start")
@@ -170,28 +159,6 @@ class ParallelRunner(TorchRunner):
         self.bind_criterion()
         self._bind_metrics()
         self.mode = RunnerMode.TRAIN
-
-    def build_pipeline_model_parts(self) -> list[nn.Module]:
-        """The parts of the model that this rank holds; the whole model without a pipeline."""
-        if self.topology.degrees["pipeline"] > 1:
-            from .pipeline import Pipeline
-
-            self.pipeline = Pipeline(self)
-            return self.pipeline.build_parts()
-        self.check_model()
-        return [self.model]
-
-    def build_pipeline_model_part(self, index: int) -> nn.Module:
-        """The module of one stage of the pipeline."""
-        return self.pipeline.build_part(index)
-
-    def pipeline_stage_indices(self) -> list[int]:
-        """Numbers of the stages on this rank, in order."""
-        return self.pipeline.stage_indices()
-
-    def build_pipeline_schedule(self) -> Any:
-        """The schedule that runs the stages."""
-        return self.pipeline.build_schedule()
 
     def _materialize_part(self, part: nn.Module) -> nn.Module:
         config = self.config
@@ -240,7 +207,7 @@ class ParallelRunner(TorchRunner):
             return
         if self.uses_fsdp:
             self._data_mesh = data_mesh(self.parallel)
-            pipelined = self.pipeline is not None
+            pipelined = self.is_pipelined
             for part in self.model_parts:
                 shard_model(part, self._data_mesh, self.config.fsdp, pipelined=pipelined)
         elif self.loss_degree > 1:
@@ -364,7 +331,6 @@ class ParallelRunner(TorchRunner):
         if self.optimizer is None:
             self.updater = None
             return
-        staged = self.topology.degrees["pipeline"] > 1
         self.updater = OptimizerStep(
             self.optimizer,
             self.scheduler,
@@ -373,7 +339,7 @@ class ParallelRunner(TorchRunner):
             clip_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite_grad,
             scaler=self.grad_scaler,
-            reduce_norm=partial(self.parallel.all_reduce, domain="pipeline") if staged else None,
+            reduce_norm=self.reduce_norm_over_stages if self.is_pipelined else None,
             reduce_flag=partial(self.parallel.all_reduce, domain="all", op=dist.ReduceOp.MAX),
         )
 

@@ -14,6 +14,8 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 
 from danling.runners.errors import ConfigError
 
+from .context import local_tensor
+
 SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 """Names of torch's schedules; the first two run one stage per rank, the others several."""
 
@@ -199,6 +201,13 @@ class Stage(PipelineStage):
         self._chunk = 0
         self._buffers = [(buffer, buffer.clone()) for buffer in self.submod.buffers()]
         return self._run(*args)
+
+    def _to_tensor(self, arg: Any) -> Tensor:
+        tensor = super()._to_tensor(arg)
+        if not isinstance(arg, Tensor):  # memory as it was found could be anything: a model or criterion may refuse it
+            with torch.no_grad():
+                local_tensor(tensor).zero_()
+        return tensor
 
     def _post_metadata_inference_cleanup(self) -> None:
         super()._post_metadata_inference_cleanup()

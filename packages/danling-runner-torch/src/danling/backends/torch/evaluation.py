@@ -92,8 +92,13 @@ class Evaluation(_Host):
             bar.end_evaluation()
             started, *counts = self._clock
             self._clock = (started + time.perf_counter() - begun, *counts)  # no part of the time per update
+        return self.read_evaluation(split, done)
+
+    def read_evaluation(self, split: str, batches: int) -> dict[str, Any]:
+        """Metrics of the evaluation that has just run over some batches, over all ranks."""
+        meters, metrics = self._meters[False], self.evaluate_metrics
         values = plain_metrics(meters.average() if self._agree_on_names(meters) else {})
-        if not values and metrics is None or (done == 0 and not self.distributed):
+        if not values and metrics is None or (batches == 0 and not self.distributed):
             self.logger.warning("the evaluation of %r saw no batch", split)
         if metrics is not None:
             values |= plain_metrics(_average(metrics))
@@ -202,8 +207,12 @@ class Evaluation(_Host):
                     data = next(iterator)
                 except StopIteration:
                     return
-                entries = self.infer_step(data)
+                entries = self.infer_step(self.input_to_infer(data))
             yield entries
+
+    def input_to_infer(self, data: Any) -> Any:
+        """What `infer_step` gets for a batch: the batch, where this rank takes the input."""
+        return data
 
     def infer_step(self, data: Any) -> list[Any]:
         """Run the model on one batch; return one entry per sample, on the host."""
