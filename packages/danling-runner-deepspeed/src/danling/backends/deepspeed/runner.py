@@ -191,14 +191,18 @@ class DeepSpeedRunner(TorchRunner):
     # Steps
 
     @property
-    def meets_in_backward(self) -> bool:
+    def meets_in_backward(self) -> bool:  # type: ignore[override]
         """Whether ranks wait for each other in every backward pass."""
         return self.distributed and self.settings.stage >= 2
 
     @property
-    def meets_in_forward(self) -> bool:
+    def meets_in_forward(self) -> bool:  # type: ignore[override]
         """Whether ranks wait for each other in every forward pass."""
         return self.distributed and self.settings.stage == 3
+
+    def without_gradients(self) -> AbstractContextManager:
+        """Encloses evaluation and inference; ZeRO 3 goes on using, in training, weights that it has gathered here."""
+        return torch.no_grad() if self.settings.stage == 3 else super().without_gradients()
 
     def train_context(self) -> AbstractContextManager:
         """Encloses forward and loss of a training step: nothing, the engine knows its precision and its windows."""

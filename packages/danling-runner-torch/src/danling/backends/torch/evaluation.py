@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -18,11 +18,12 @@ from danling.runners.state import RunnerMode
 from .ema import ema_module
 from .infer import count_samples, merge_in_order, split_output
 from .rng import capture_rng, restore_rng
-from .training import _average, plain_metrics, split_batch
+from .training import MUTED, _average, plain_metrics, split_batch
 from .weights import samples_in
 
 _Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
+_END = object()
 LOOK_EVERY = 8  # batches between two looks for a request to stop
 
 
@@ -32,6 +33,7 @@ class Evaluation(_Host):
     split: Any
     mode: Any
     _clock: Any
+    meets_in_forward = False  # whether ranks wait for each other in every forward pass
 
     @property
     def evaluation_model(self) -> Any:
@@ -44,6 +46,10 @@ class Evaluation(_Host):
         averaged = getattr(self.ema, "n_averaged", None)
         return averaged is None or int(averaged) > 0
 
+    def without_gradients(self) -> AbstractContextManager:
+        """Encloses evaluation and inference."""
+        return torch.inference_mode()
+
     @contextmanager
     def _aside(self, mode: RunnerMode, split: str) -> Iterator[None]:
         """Inference mode, eval mode, and every random state put back at the end."""
@@ -51,7 +57,7 @@ class Evaluation(_Host):
         rng = capture_rng(self.device)
         self.split, self.mode = split, mode
         try:
-            with torch.inference_mode():
+            with self.without_gradients():
                 yield
         finally:
             restore_rng(rng, self.device)
@@ -145,6 +151,9 @@ class Evaluation(_Host):
         Raises:
             EvaluationInterrupted: on every rank, during training.
         """
+        if self.meets_in_forward:
+            yield from self._together(batches, self._evaluate_unseen)
+            return
         while True:
             count = 0
             for data in islice(batches, LOOK_EVERY):
@@ -160,6 +169,43 @@ class Evaluation(_Host):
                 more = header.left
             if not more:
                 return
+
+    def _together(self, batches: Iterator[Any], repeat: Callable[[Any], Any]) -> Iterator[Any]:
+        """Yield batches; while other ranks have more of them than this one, repeat the last for their sake.
+
+        Args:
+            batches: of this rank.
+            repeat: runs the model on a batch that counts for nothing.
+
+        Raises:
+            EvaluationInterrupted: on every rank, during training.
+            RuntimeError: on every rank, when one has no batch at all and others have.
+        """
+        last: Any = _END
+        while True:
+            data = next(batches, _END)
+            header = self.exchange_header(left=data is not _END, never=data is last is _END)
+            if self._training and header.stop:
+                raise EvaluationInterrupted
+            if not header.left:
+                return
+            if header.never:
+                raise RuntimeError(
+                    f"{header.never} of {self.world_size} ranks have no batch at all in split {self.split!r}, and stack "
+                    f"{self.stack!r} runs the model on all ranks at once; use fewer ranks or smaller batches"
+                )
+            if data is _END:
+                repeat(last)
+            else:
+                last = data
+                yield data
+
+    def _evaluate_unseen(self, data: Any) -> None:
+        metrics, self.evaluate_metrics = self.evaluate_metrics, MUTED if self.evaluate_metrics is not None else None
+        try:
+            self.evaluate_step(data)
+        finally:
+            self.evaluate_metrics = metrics
 
     # Inference
 
@@ -201,6 +247,8 @@ class Evaluation(_Host):
 
     def _infer_batches(self, split: str, steps: int | None) -> Iterator[list[Any]]:
         iterator = iter(islice(self._fresh_loader(split), steps))
+        if self.meets_in_forward:
+            iterator = self._together(iterator, lambda data: self.infer_step(self.input_to_infer(data)))
         while True:
             with self._aside(RunnerMode.INFER, split):
                 try:

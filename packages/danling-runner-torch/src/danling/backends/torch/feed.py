@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from danling.runners.crash import crash_point
 
 from .rng import capture_rng, restore_rng
-from .weights import samples_in, tokens_in
+from .weights import measure
 from .window import Window
 from .workers import stop_workers
 
@@ -125,7 +125,7 @@ class Feed:
             self.exhausted = True
         window = self.window
         window.open_one(batch, self._weigh(batch))
-        window.samples, window.tokens = samples_in(batch), tokens_in(batch)
+        window.samples, window.tokens = measure(batch)
         return window
 
     def _take(self) -> list[Any]:
@@ -142,8 +142,9 @@ class Feed:
     def _count(self, batches: list[Any]) -> tuple[int, Any]:
         samples, tokens = 0, 0
         for batch in batches:
-            samples += samples_in(batch)
-            tokens = tokens + tokens_in(batch)
+            count, more = measure(batch)
+            samples += count
+            tokens = tokens + more
         return samples, tokens
 
     def _excuse(self, error: Exception) -> None:
@@ -197,6 +198,9 @@ class Feed:
         else:
             weights += [0] * (len(batches) - real)
             self._last_batch = batches[-1]
+        if self.sampler is None and (runner.meets_in_backward or runner.meets_in_forward):
+            short = self.accum_steps - len(batches)  # loaders may end at different micro-batches
+            batches, weights = batches + batches[-1:] * short, weights + [0] * short
         sums = self._sums
         window.open(
             batches,

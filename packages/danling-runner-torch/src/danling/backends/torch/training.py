@@ -56,6 +56,7 @@ class Training(_Host):
 
     _first_update: bool
     _log_mark: tuple[float, float] | None
+    meets_in_backward = False  # whether ranks wait for each other in every backward pass
 
     def open_pass(self, split: str) -> Feed:
         """A context that yields windows of a train split from its position on."""
@@ -133,11 +134,16 @@ class Training(_Host):
                 f"the loss must be a scalar, got shape {tuple(loss.shape)}; average it, with its loss_weight"
             )
         window = self.window
-        if window.is_filler or window.weight == 0:
+        index = window.index
+        weight, factors = window.weights[index], window.factors
+        if isinstance(weight, Tensor):  # on a device, which nobody waits for
+            loss = torch.where(weight > 0, loss if factors is None else loss * factors[index], 0.0)
+        elif weight == 0 or window.is_filler:
             self.backward_nothing(loss)
             return
-        factor = window.factor
-        self.backpropagate(loss if factor is None else loss * factor)
+        elif factors is not None:
+            loss = loss * factors[index]
+        self.backpropagate(loss)
 
     def backpropagate(self, loss: Tensor) -> None:
         """Backpropagate a loss that has its factor, scaled for fp16."""
