@@ -63,6 +63,8 @@ class _Read(torch.autograd.Function):
     def forward(ctx: Any, x: NestedTensor) -> Tensor:  # type: ignore[override]
         ctx.structure = x._layout, x._flags
         ctx.set_materialize_grads(False)
+        if is_traced(x._values):
+            return x._values.view(x._values.shape)
         return x._values.detach()
 
     @staticmethod
@@ -79,11 +81,18 @@ def values_of(x: NestedTensor) -> Tensor:
     if not values.requires_grad and _grad_enabled():
         with _PlainTensors():
             outside = _base_requires_grad(x)
-        if outside:
-            values = _Read.apply(x)
-            if not is_traced(values):
-                x._values = values
+        if outside and not is_traced(values):
+            values = x._values = _Read.apply(x)
+    if type(values) is not Tensor and is_traced(values):
+        return traced_values(x)
     return values
+
+
+def traced_values(x: NestedTensor) -> Tensor:
+    """`values_of` for a tracer's tensors."""
+    from danling.tensors.tracing import traced_values
+
+    return traced_values(x)
 
 
 def plain(x: Tensor) -> Tensor:
@@ -362,6 +371,11 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
         from danling.tensors.tracing import unflatten
 
         return unflatten(inner, constants, outer_size, outer_stride)
+
+    def _stable_hash_for_caching(self) -> str:
+        from danling.tensors.tracing import stable_hash
+
+        return stable_hash(self)
 
     @property
     def _packed(self) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from danling.tensors.layout import Layout, Segments
-from danling.tensors.nested_tensor import Flags, NestedTensor, is_traced, values_of, wrap
+from danling.tensors.nested_tensor import Flags, NestedTensor, _Read, is_traced, values_of, wrap
 
 _INT64 = torch.int64
 
@@ -233,8 +233,31 @@ def unflatten(inner: dict[str, Tensor], constants: Any, outer_size: Any, outer_s
             )
     layout = Layout(segments, ragged_dims, static, batch_first)
     if is_traced(values):
-        return bare(values, layout, flags)
+        out = bare(values, layout, flags)
+        out._entered = True  # type: ignore[attr-defined]
+        return out
     return wrap(values, layout, flags)
+
+
+def traced_values(x: NestedTensor) -> Tensor:
+    """`values_of` in a trace.
+
+    What enters a compiled region is viewed in its own shape, so that the number of rows is computed in the graph: the
+    graph's inputs name the padded sizes only, and inductor looks for every symbol it meets.
+    """
+    if x.requires_grad and torch.is_grad_enabled() and not x._values.requires_grad:
+        return _Read.apply(x)
+    if not x.__dict__.pop("_entered", False):
+        return x.__dict__.get("_viewed", x._values)
+    x._viewed = x._values.view(x._values.shape)  # type: ignore[attr-defined]
+    return x._viewed  # type: ignore[attr-defined]
+
+
+def stable_hash(x: NestedTensor) -> str:
+    """What compiled code on disk depends on, for torch's caches."""
+    values = x._values
+    about = values.shape, values.stride(), values.dtype, values.device, x.requires_grad
+    return str((flatten(x)[1], tuple(x.shape), *about))
 
 
 def fixed(values: Tensor) -> TracedSegments:
