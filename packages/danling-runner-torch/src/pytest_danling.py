@@ -1,7 +1,7 @@
 """Gives pytest the options of danling's conformance suite when a command names the suite; asleep in every other run.
 
-It stands outside of the package `danling` because pytest rewrites the assertions of whatever a distribution with a plugin installs: it
-would take the folder `danling/backends/torch` for torch itself, and rewrite that.
+It stands outside of the package `danling` because pytest rewrites the assertions of whatever a distribution with a plugin
+installs: it would take the folder `danling/backends/torch` for torch itself, and rewrite that.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -143,6 +144,7 @@ class Pipelining(_Host):
                 tied |= declared_tied(part)
         else:
             self.check_model()
+            self._share_whole_model()
             whole, shared, tied = state_names(self.model), shared_names(self.model), declared_tied(self.model)
             parts = {}
             for stage in layout.stages:
@@ -158,6 +160,23 @@ class Pipelining(_Host):
         }
         self._tied_names = check_stages(stages, whole=whole, shared=shared, tied=tied)
         return [parts[stage] for stage in layout.stages]
+
+    @torch.no_grad()
+    def _share_whole_model(self) -> None:
+        """Give the whole model, while every rank has it, the weights of the first rank of the pipeline.
+
+        Stages then start as one process would, although ranks draw different numbers. A model on the meta device has no
+        weights yet.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if any(tensor.is_meta for tensor in tensors):
+            return
+        group, first = self.parallel.group("pipeline"), self.topology.domain("pipeline")[0]
+        for tensor in tensors:
+            whole = tensor.detach().to(self.device).contiguous()
+            dist.broadcast(whole, src=first, group=group)
+            if self.rank != first:
+                tensor.copy_(whole)
 
     def build_pipeline_model_part(self, stage: int, num_stages: int) -> nn.Module:
         """The module of one stage, with parameters under the names of the whole model.

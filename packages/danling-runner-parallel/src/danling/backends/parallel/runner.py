@@ -22,6 +22,7 @@ from danling.runners.errors import ConfigError
 from danling.runners.state import RunnerMode
 
 from .averaging import ShardedEMA
+from .checkpoints import Checkpoints
 from .checks import broadcast_state, check_replicas, materialize_meta
 from .context import ParallelContext
 from .parallelize import parallelize_part, share_axes
@@ -30,7 +31,7 @@ from .sharding import data_mesh, shard_model, sharded_modules
 from .topology import AXES, ParallelTopology
 
 
-class ParallelRunner(Pipelining, TorchRunner):
+class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     """The engine for models that are replicated, sharded, cut into stages or split inside their layers.
 
     `parallel.axes` lays the ranks out. `replicate` and `shard` are DistributedDataParallel and FSDP2; `tensor` and
@@ -228,11 +229,11 @@ class ParallelRunner(Pipelining, TorchRunner):
         Raises:
             RuntimeError: it is not; names tensor and ranks.
         """
-        check_replicas([self.unwrap(part) for part in self.model_parts], self.parallel, when)
+        check_replicas(self.local_parts(), self.parallel, when)
 
     def _bind_ema(self) -> None:
         if self.ema is None and self.config.ema.enabled:
-            self.ema = ShardedEMA([self.unwrap(part) for part in self.model_parts], self.config.ema.decay)
+            self.ema = ShardedEMA(self.local_parts(), self.config.ema.decay)
         super()._bind_ema()
 
     def _bind_metrics(self) -> None:
@@ -377,11 +378,6 @@ class ParallelRunner(Pipelining, TorchRunner):
     @property
     def _own_ema(self) -> bool:
         return self.ema is not None and not isinstance(self.ema, ShardedEMA)
-
-    # Checkpoints
-
-    def _meta(self, kind: str) -> dict[str, Any]:
-        return {**super()._meta(kind), "axes": dict(self.topology.degrees)}
 
     def describe_environment(self) -> Mapping[str, Any]:
         """Devices, hosts and layout, for the metadata of the attempt."""

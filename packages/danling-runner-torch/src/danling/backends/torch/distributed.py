@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -129,8 +131,9 @@ class Distributed(_Host):
             _base_store = next(iter(rendezvous))[0]
         _groups_made += 1
         store = dist.PrefixStore(f"danling/{self.state.elastic.restart_count}/{_groups_made}", _base_store)
+        hook = sys.excepthook
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
-        self._closing("group", _destroy_group)
+        self._closing("group", partial(_destroy_group, hook, sys.excepthook))
 
     def switch_timeouts(self) -> None:
         """After the first update the groups made here wait no longer than `comm.train_timeout_seconds`."""
@@ -241,6 +244,9 @@ class Distributed(_Host):
 _HEADER_SIZE = 12
 
 
-def _destroy_group() -> None:
+def _destroy_group(hook_before: Any, hook_of_torch: Any) -> None:
+    """Give the group back, and the hook for uncaught exceptions, which torch replaces by one that says the rank."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    if sys.excepthook is hook_of_torch:
+        sys.excepthook = hook_before

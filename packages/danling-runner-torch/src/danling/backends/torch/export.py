@@ -41,7 +41,7 @@ def cast_floating(state: Mapping[str, Any], dtype: str | torch.dtype | None) -> 
         >>> [value.dtype for value in cast_floating(state, "bf16").values()]
         [torch.bfloat16, torch.int64]
     """
-    target = _dtype(dtype)
+    target = as_dtype(dtype)
     if target is None:
         return dict(state)
     done: dict[Any, Tensor] = {}
@@ -143,7 +143,12 @@ def export_checkpoint(
     write_safetensors(path, read_weights(source, ema=ema), dtype=dtype)
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name in `DTYPES`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     try:

@@ -19,6 +19,7 @@ from .snapshot import read_file
 MODEL = "model.pt"
 EMA = "ema.pt"
 OPTIMIZER = "optimizer.pt"
+SHARDS = "dcp"
 NESTED_UNDER = ("model", "module", "state_dict")
 
 
@@ -102,16 +103,18 @@ def load_model_state(
         and isinstance(own[name], Tensor)
         and value.shape != own[name].shape
     ]
-    lines = []
-    if strict and missing:
-        lines.append(f"missing: {_some(missing)}")
-    if strict and unexpected:
-        lines.append(f"unexpected: {_some(unexpected)}")
-    if shapes:
-        lines.append(f"wrong shapes: {_some(shapes)}")
+    report_misfit(missing if strict else [], unexpected if strict else [], shapes, error=error, source=source)
+    module.load_state_dict({name: value for name, value in found.items() if name in own}, strict=False)
+
+
+def report_misfit(
+    missing: list[str], unexpected: list[str], shapes: list[str], *, error: type[Exception], source: Any
+) -> None:
+    """Raise `error` with what does not fit, if anything does not."""
+    found = {"missing": missing, "unexpected": unexpected, "wrong shapes": shapes}
+    lines = [f"{what}: {_some(names)}" for what, names in found.items() if names]
     if lines:
         raise error(f"the weights of {source} do not fit the model; " + "; ".join(lines))
-    module.load_state_dict({name: value for name, value in found.items() if name in own}, strict=False)
 
 
 def strip_prefixes(state: Mapping[str, Any], known: Iterable[str] = ()) -> dict[str, Any]:
@@ -214,20 +217,28 @@ def read_payload(directory: str | os.PathLike[str], rank: int = 0) -> dict[str, 
         rank: whose own file is read.
 
     Returns:
-        `model`, `ema`, `optimizer`, `scheduler`, `grad_scaler`, `rng`, `dataloaders`, ...: those that are there.
+        `model`, `ema`, `optimizer`, `scheduler`, `grad_scaler`, `rng`, `dataloaders`, ...: those that are there. Of
+        sharded components the tensors are read when they are asked for.
     """
     directory = Path(directory)
     payload: dict[str, Any] = {}
+    if (directory / SHARDS).is_dir():
+        from .dcp import stored_components
+
+        payload |= stored_components(directory)
     for name, key in ((MODEL, "model"), (EMA, "ema")):
         if (directory / name).exists():
             payload[key] = read_file(directory / name)
+    tensors = payload.pop("optimizer", {})
     for name in (OPTIMIZER, rank_file(rank)):
         if (directory / name).exists():
             payload |= read_file(directory / name)
+    if "scalars" in payload.get("optimizer", {}):
+        payload["optimizer"]["tensors"] = tensors
     return payload
 
 
-def read_weights(source: str | os.PathLike[str], *, ema: bool = True) -> dict[str, Tensor]:
+def read_weights(source: str | os.PathLike[str], *, ema: bool = True) -> Mapping[str, Tensor]:
     """Read weights from a checkpoint directory, a `.safetensors` file, or a `.pt`, `.pth` or `.bin` state dict.
 
     Args:
@@ -235,12 +246,17 @@ def read_weights(source: str | os.PathLike[str], *, ema: bool = True) -> dict[st
         ema: prefer the moving average where a checkpoint has one.
 
     Returns:
-        Name → tensor, without the prefixes of wrappers.
+        Name → tensor, without the prefixes of wrappers; tensors of a sharded checkpoint are read when asked for.
 
     Raises:
         CheckpointError: there are no weights in it, or it cannot be read safely.
     """
     path = Path(source)
+    if (path / SHARDS).is_dir():
+        from .dcp import stored_components
+
+        stored = stored_components(path)
+        return stored["ema"] if ema and "ema" in stored else stored["model"]
     if path.is_dir():
         for name in (EMA, MODEL) if ema else (MODEL,):
             if (path / name).exists():

@@ -14,7 +14,7 @@ from danling.runners.discovery import load_engine
 from danling.runners.errors import CheckpointError, ResumeError
 from danling.runners.persistence import RECORDED
 
-from .export import cast_floating, write_safetensors
+from .export import as_dtype, cast_floating, write_safetensors
 from .payload import (
     EMA,
     MODEL,
@@ -32,11 +32,10 @@ from .payload import (
     strip_prefixes,
 )
 from .rng import capture_rng, restore_rng
+from .sharded import Sharded
 
-_Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
-
-class Restoring(_Host):
+class Restoring(Sharded):
     """The part of `TorchRunner` that saves and restores."""
 
     _buffers: HostBuffers | None
@@ -54,15 +53,19 @@ class Restoring(_Host):
     def side_state(self) -> dict[str, Any]:
         """The part of it that is whole on every rank also where an engine splits weights and optimizer."""
         files: dict[str, Any] = {}
-        parts = {"scheduler": self.scheduler, "grad_scaler": self.grad_scaler}
-        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
         if self.ema is not None:
             files[EMA] = self._ema_weights() or self.ema.state_dict()
-            if self._ema_weights():
-                states["ema_updates"] = self.ema.n_averaged
-        if states:
+        if states := self.side_states():
             files[OPTIMIZER] = states
         return files
+
+    def side_states(self) -> dict[str, Any]:
+        """State that is small and whole on every rank: scheduler, scaler, count of the average."""
+        parts = {"scheduler": self.scheduler, "grad_scaler": self.grad_scaler}
+        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        if hasattr(self.ema, "n_averaged"):
+            states["ema_updates"] = self.ema.n_averaged
+        return states
 
     def _ema_weights(self) -> dict[str, Any] | None:
         """Weights of an `AveragedModel` under the names of the user's module; None for other kinds of average."""
@@ -96,20 +99,29 @@ class Restoring(_Host):
 
     def capture(self) -> Callable[[Path], list[str]]:
         """Copy the state of this rank; return a function that writes its files."""
+        if self.uses_dcp:
+            return self.capture_sharded()
         files = self.engine_state() if self.is_main_process else {}
         return self._captured({**files, rank_file(self.rank): self.rank_state()})
 
     def capture_model(self) -> Callable[[Path], list[str]]:
         """Copy the weights, those of the EMA when there is one; return a function that writes them."""
-        weights = self.export_state(self.config.checkpoint.export_dtype)
+        dtype = self.config.checkpoint.export_dtype
+        if self.uses_dcp:
+            return self.capture_sharded_model(as_dtype(dtype))
+        weights = self.export_state(dtype)
         return self._captured({MODEL: weights} if self.is_main_process else {})
 
     def _captured(self, files: dict[str, Any]) -> Callable[[Path], list[str]]:
+        return self._host_snapshot(files).write
+
+    def _host_snapshot(self, files: dict[str, Any]) -> TorchSnapshot:
+        """Files whose content is copied to the host."""
         if self._buffers is None:
             self._buffers = HostBuffers(pinned=self.config.checkpoint.async_mode == "async_with_pinned_mem")
         snapshot = TorchSnapshot(files, self._buffers)
         snapshot.capture()
-        return snapshot.write
+        return snapshot
 
     def write_state(self, directory: Path) -> list[str]:
         """Write this rank's files of the present state."""
@@ -121,15 +133,16 @@ class Restoring(_Host):
         return cast_floating(model_state(self.evaluation_model if averaged else self.unwrap(self.model)), dtype)
 
     def export(self, path: str | os.PathLike[str], dtype: str | None = None, ema: bool = True) -> None:
-        """Write the weights as safetensors, on the main process.
+        """Write the weights as safetensors, on the main process; of sharded weights every rank calls it.
 
         Args:
             path: the file.
             dtype: fp32, fp16, bf16 or fp64 for the floating tensors; None keeps theirs.
             ema: prefer the EMA's.
         """
+        state = self.export_state(ema=ema) if self.is_main_process or self.uses_dcp else {}
         if self.is_main_process:
-            write_safetensors(path, self.export_state(ema=ema), dtype=dtype)
+            write_safetensors(path, state, dtype=dtype)
 
     # Restoring
 
@@ -144,7 +157,9 @@ class Restoring(_Host):
         """Restore the full state of a run; see `BaseRunner.load_checkpoint`."""
         payload = self.read_checkpoint(src)
         super().load_checkpoint(payload)
-        if "ema_updates" in payload and "ema" not in self._excluded() and self._ema_weights() is not None:
+        if payload.get("extra"):
+            self.load_extra(payload["extra"])
+        if "ema_updates" in payload and "ema" not in self._excluded() and hasattr(self.ema, "n_averaged"):
             self.ema.n_averaged.copy_(payload["ema_updates"])
         if "meters" in payload:
             self._meters[True].load_state_dict(payload["meters"])
@@ -169,19 +184,43 @@ class Restoring(_Host):
 
     def load_model(self, state: Mapping[str, Tensor]) -> None:
         """Load weights; missing, unexpected and misshapen ones are an error that lists them."""
-        load_model_state(self.model, state, skip=self.excluded_names(list(state)))
+        self._load_weights(state, skip=self.excluded_names(list(state)))
+
+    def _load_weights(self, state: Mapping[str, Any], **options: Any) -> None:
+        if self._by_parts(state):
+            self.load_tensors(self.model_tensors(), state, **options)
+        else:
+            load_model_state(self.model, state, **options)
+
+    def _load_average(self, state: Mapping[str, Any], **options: Any) -> None:
+        targets = self.ema_tensors() if self._by_parts(state) else None
+        if targets is not None:
+            self.load_tensors(targets, state, **options)
+        else:
+            load_model_state(self.ema, state, **options)
+
+    def _by_parts(self, state: Mapping[str, Any]) -> bool:
+        return self.uses_dcp or not isinstance(state, dict)
+
+    def load_extra(self, state: Mapping[str, Any]) -> None:
+        """Load what modules keep beside tensors (`get_extra_state`), which a sharded checkpoint stores apart."""
+        for part in self.local_parts():
+            own = {name: name for name in part.state_dict()}
+            part.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
 
     def load_ema(self, state: Mapping[str, Any]) -> None:
         """Load the average."""
-        if self._ema_weights() is None:
+        if self.ema_tensors() is None:
             self.ema.load_state_dict(state)
         else:
-            load_model_state(self.ema, state)
+            self._load_average(state)
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
         """Load the optimizer, by parameter name."""
         names = list(self.iter_optimizer_named_parameters())
         skip = self.excluded_names([name for name, _ in names])
+        if "tensors" in state:
+            state = self.gathered_optimizer(state)
         load_optimizer_state(self.optimizer, state, names, skip=skip)
 
     def load_scheduler(self, state: Mapping[str, Any]) -> None:
@@ -238,12 +277,12 @@ class Restoring(_Host):
             strict: an error when names differ; wrong shapes always are.
         """
         state, source = self.read_weights(src), "the mapping" if isinstance(src, Mapping) else src
-        load_model_state(self.model, state, strict=strict, error=CheckpointError, source=source)
-        if self._ema_weights() is not None:
-            load_model_state(self.ema, state, strict=strict, error=CheckpointError, source=source)
+        self._load_weights(state, strict=strict, error=CheckpointError, source=source)
+        if self.ema is not None and self.ema_tensors() is not None:
+            self._load_average(state, strict=strict, error=CheckpointError, source=source)
         self.logger.info("weights loaded from %s", source)
 
-    def read_weights(self, src: Any) -> dict[str, Tensor]:
+    def read_weights(self, src: Any) -> Mapping[str, Tensor]:
         """The weights in a source, under the names of a plain module."""
         if isinstance(src, Mapping):
             nested = next((src[key] for key in ("ema", *NESTED_UNDER) if isinstance(src.get(key), Mapping)), src)
@@ -263,7 +302,7 @@ class Restoring(_Host):
         return engine.checkpoint_weights(path)
 
     @staticmethod
-    def checkpoint_weights(directory: Path, *, ema: bool = True) -> dict[str, Tensor]:
+    def checkpoint_weights(directory: Path, *, ema: bool = True) -> Mapping[str, Tensor]:
         """Read the whole weights in a checkpoint directory of this stack, under the names of a plain module.
 
         Args:

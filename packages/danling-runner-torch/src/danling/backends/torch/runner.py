@@ -29,6 +29,7 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
 
     stack: ClassVar[str | None] = "torch"
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
+    features: ClassVar[frozenset[str]] = frozenset({"dcp"})
     export_checkpoint = staticmethod(export_checkpoint)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .infer import count_samples
 
 _SEQUENCES = (list, tuple)
+_FEW = 256  # elements that a list counts faster than an operation on the tensor is called
 
 Weight = Any  # a number, a 0-d tensor on the batch's device, or None: losses are added
 
@@ -58,11 +60,20 @@ def tokens_in(batch: Any) -> Any:
     return len(packed) if isinstance(packed, Tensor) and packed.dim() else 0
 
 
+def measure(batch: Any) -> tuple[int, Any]:
+    """Samples and tokens in a batch."""
+    if type(batch) in _SEQUENCES and batch and type(batch[0]) is Tensor and batch[0].dim():
+        return len(batch[0]), 0
+    return samples_in(batch), tokens_in(batch)
+
+
 def count_elements(tensor: Tensor, ignored: int) -> int | Tensor:
     """Elements that differ from `ignored`: a number for tensors on the host, else a tensor nobody has waited for."""
-    if tensor.device.type == "cpu":
-        return int(np.count_nonzero(tensor.numpy() != ignored))
-    return (tensor != ignored).sum()
+    if not tensor.is_cpu:
+        return (tensor != ignored).sum()
+    if tensor.dim() == 1 and len(tensor) <= _FEW:
+        return len(tensor) - tensor.tolist().count(ignored)
+    return int(np.count_nonzero(tensor.numpy() != ignored))
 
 
 def weight_rule(criterion: Any, override: Callable[[Any], Weight] | None = None) -> Callable[[Any], Weight]:
@@ -123,11 +134,11 @@ def _criterion_rule(criterion: Any) -> Callable[[Any], Weight]:
     classes = getattr(criterion, "weight", None)
     if isinstance(classes, Tensor):
         return lambda batch: _class_weights(batch, ignored, criterion.weight)
-    return lambda batch: _count_classes(batch, ignored)
+    return partial(_count_classes, ignored)
 
 
 def _packed(batch: Any) -> Tensor | None:
-    target = target_of(batch)
+    target = batch[1] if type(batch) in _SEQUENCES and len(batch) > 1 else target_of(batch)
     if type(target) is Tensor:
         return target
     packed = getattr(target, "concat", target)
@@ -145,7 +156,7 @@ def _rows(target: Tensor) -> float:
     return target.numel() / classes
 
 
-def _count_classes(batch: Any, ignored: int) -> Weight:
+def _count_classes(ignored: int, batch: Any) -> Weight:
     target = _packed(batch)
     if target is None:
         return samples_in(batch)

@@ -1,4 +1,4 @@
-"""The suite as a pytest plugin: its options, its tests, its processes. Registered by `pytest_danling` when the suite is asked for."""
+"""The suite as a pytest plugin: its options, its tests, its processes. `pytest_danling` registers it when it is needed."""
 
 from __future__ import annotations
 

@@ -61,12 +61,12 @@ def build_model(dtype: torch.dtype, dropout: float = 0.0) -> nn.Sequential:
 class Task(Runner):
     """Trains the classifier; remembers what it saw.
 
-    Options in its section `task`: `dropout`, `augment`, `poison` (a micro-step at which the last data rank gets NaN), `shares` (data of that
-    many micro-batches for each data rank, in a loader of its own).
+    Options in its section `task`: `dropout`, `augment`, `poison` (a micro-step at which the last data rank gets NaN),
+    `shares` (data of that many micro-batches for each data rank, in a loader of its own).
 
     Attributes:
         seen: per window that is over, the numbers of its samples on this rank, fillers left out.
-        losses: of every micro-batch on this rank.
+        batches: micro-step → numbers of its samples and loss, on this rank.
         logged: values of every log point.
         updates: weights after every update, where `record` is set.
     """
@@ -89,7 +89,7 @@ class Task(Runner):
             self.datasets.train = train
         self.datasets.val = Sequences(VAL, dtype, seed=1)
         self.seen: list[list[int]] = []
-        self.losses: list[float] = []
+        self.batches: dict[int, tuple[list[int], float | None]] = {}
         self.logged: list[dict[str, float]] = []
         self.updates: list[dict[str, Tensor]] = []
         self._window: list[int] = []
@@ -110,8 +110,7 @@ class Task(Runner):
         if self.options["poison"] == self.micro_step and self.data_rank == self.data_degree - 1:
             data = [data[0] * torch.nan, *data[1:]]
         prediction, loss = super().train_step(data)
-        if loss is not None:
-            self.losses.append(float(loss))
+        self.batches[self.micro_step] = data[2].tolist(), None if loss is None else float(loss)
         return prediction, loss
 
 

@@ -65,7 +65,7 @@ def uneven_shares(place: Place) -> dict[str, Any]:
 @scenario
 def half_precision(place: Place) -> dict[str, Any]:
     """Training in bf16."""
-    return train(place, "run", precision="bf16", task__dtype="float32", **{"optim__momentum": 0.9})
+    return train(place, "run", precision="bf16", task__dtype="float32", optim__momentum=0.9)
 
 
 def windows(found: list[dict[str, Any]]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .settings import Settings
 
-MODULES = ("training",)
+MODULES = ("training", "decisions", "checkpoints", "evaluation", "surroundings")
 SCENARIOS: dict[str, Callable[[Place], Any]] = {}
 
 
