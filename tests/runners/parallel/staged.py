@@ -1,0 +1,135 @@
+"""Script of the pipeline tests: runs one configuration after the other and writes what came out, one file per rank.
+
+Arguments: a JSON list of configurations, and a directory. Keys of a configuration that start with `x_` are for the
+script: `x_stop` stops after that update, `x_model` names a model below, `x_seed` biases the seed of the weights by rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.tiny import Points, tiny_config
+from torch import nn
+
+from danling.metrics import multiclass_metrics
+from danling.runners import Runner
+
+
+def sequential(dropout: float) -> nn.Module:
+    """Five linear layers of different sizes."""
+    layers: list[nn.Module] = []
+    for a, b in [(4, 8), (8, 9), (9, 7), (7, 6), (6, 3)]:
+        layers += [nn.Linear(a, b), nn.Tanh(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers[:-2])
+
+
+class Named(nn.Module):
+    """A model that is no sequence: modules with names, an output with structure, weights shared by both ends."""
+
+    _tied_weights_keys = ["head.weight"]
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 6, bias=False)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)])
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Any) -> Any:
+        if getattr(self, "embed", None) is not None:
+            x = self.embed(x)
+        for layer in self.layers.values() if isinstance(self.layers, nn.ModuleDict) else self.layers:
+            x = x + layer(x)
+        if getattr(self, "head", None) is not None:
+            x = self.out(nn.functional.linear(self.norm(x), self.head.weight.T))
+        return x
+
+    def build_pipeline_model_part(self, stage: int, stages: int) -> nn.Module:
+        """Three layers over the stages; the ends keep embedding and head."""
+        from copy import deepcopy
+
+        part = deepcopy(self)
+        kept = range(len(self.layers) * stage // stages, len(self.layers) * (stage + 1) // stages)
+        part.layers = nn.ModuleDict({str(index): part.layers[index] for index in kept})
+        if stage:
+            part.embed = None
+        if stage < stages - 1:
+            part.norm = part.head = part.out = None
+        return part
+
+
+MODELS = {"sequential": sequential, "named": Named}
+
+
+class Staged(Runner):
+    def __init__(self, config: Any, options: dict[str, Any]) -> None:
+        super().__init__(config)
+        torch.manual_seed(7 + self.rank * options.get("x_seed", 0))
+        self.model = MODELS[options.get("x_model", "sequential")](options.get("x_dropout", 0.0)).double()
+        self.set_seed()
+        self.criterion = nn.CrossEntropyLoss(ignore_index=-1, reduction=options.get("x_reduction", "mean"))
+        self.datasets.train = Points(options.get("x_count", 49))
+        self.datasets.val = Points(21, seed=1)
+        for dataset in self.datasets.values():
+            dataset.inputs = dataset.inputs.double()
+            dataset.targets[::5] = -1
+        self.metrics = multiclass_metrics(num_classes=3, ignore_index=-1) if options.get("x_metrics") else None
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.on("step", lambda runner, event: self.norms.append(float(self.grad_norm or 0)))
+
+    def train_step(self, data: Any) -> tuple[Any, Any]:
+        prediction, loss = super().train_step(data)
+        if loss is not None:
+            self.losses.append(loss.item())
+        return prediction, loss
+
+
+def weights(runner: Any) -> dict[str, Any]:
+    """The weights of the whole model by name, put together from all ranks."""
+    parts = getattr(runner, "model_parts", None) or [runner.model]
+    own = {}
+    for part in parts:
+        for name, value in runner.unwrap(part).state_dict().items():
+            own[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).tolist()
+    whole: dict[str, Any] = {}
+    for share in runner.gather_objects(own):
+        for name, value in share.items():
+            assert whole.setdefault(name, value) == value, name
+    return whole
+
+
+def run(overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
+    options = {key: overrides.pop(key) for key in list(overrides) if key.startswith("x_")}
+    with Staged(tiny_config(folder / "runs", **overrides), options) as runner:
+        if "x_stop" in options:
+            runner.on("step", lambda runner, event: event.global_step == options["x_stop"] and runner.request_stop("t"))
+        runner.train()
+        entries = runner.infer("val", gather=True)
+        own = runner.infer("val")
+        return {
+            "weights": weights(runner),
+            "results": runner.results.rows(),
+            "best": runner.best_index,
+            "state": {k: v for k, v in runner.train_state.state_dict().items() if k != "positions"},
+            "losses": runner.losses,
+            "norms": runner.norms,
+            "entries": [entry.tolist() for entry in entries],
+            "own": len(own),
+            "last": getattr(runner, "pipeline_has_last_stage", True),
+            "rate": [group["lr"] for group in runner.optimizer.param_groups],
+        }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    found = [run(overrides, folder) for overrides in json.loads(sys.argv[1])]
+    from os import environ
+
+    (folder / f"rank{environ.get('RANK', 0)}.json").write_text(json.dumps(found))

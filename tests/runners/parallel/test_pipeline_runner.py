@@ -1,0 +1,83 @@
+"""Runs with a pipeline axis against one process on the concatenated batch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from support.ranks import run_ranks
+
+SCRIPT = Path(__file__).with_name("staged.py")
+COMMON = {"dataloader__drop_last": False, "seed": 1, "epochs": 4, "checkpoint__load_only": True}
+SGD = {"optim__type": "sgd", "optim__lr": 0.1, "optim__momentum": 0.9, "dataloader__batch_size": 8}
+ADAMW = {"optim__type": "adamw", "optim__lr": 1e-2, "dataloader__batch_size": 8, "max_grad_norm": 0.05}
+PIPELINE = {"stack": "parallel", "parallel__axes__pipeline": 2, "parallel__pipeline_n_microbatches": 4}
+
+
+def start(folder, nproc, runs, timeout=120):
+    folder.mkdir()
+    tests = str(Path(__file__).parents[2])
+    env = {"PYTHONPATH": os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    run_ranks(SCRIPT, nproc, [json.dumps(runs), str(folder)], env=env, timeout=timeout)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(nproc)]
+
+
+def flat(value):
+    if isinstance(value, dict):
+        return [x for key in sorted(value) for x in flat(value[key])]
+    if isinstance(value, list):
+        return [x for item in value for x in flat(item)]
+    return [value]
+
+
+def close(found, expected, what, rel=1e-9):
+    assert flat(found) == pytest.approx(flat(expected), rel=rel, abs=1e-12), what
+
+
+CASES = {
+    "sgd": (SGD, {}),
+    "adamw, accumulated, clipped": ({**ADAMW, "accum_steps": 3}, {"parallel__pipeline_schedule": "gpipe"}),
+    "interleaved": ({**ADAMW, "x_metrics": True}, {"parallel__pipeline_schedule": "Interleaved1F1B"}),
+    "shaped like a V": ({**SGD, "max_grad_norm": 0.1}, {"parallel__pipeline_schedule": "ZBVZeroBubble"}),
+    "summed losses": ({**SGD, "x_reduction": "sum", "optim__lr": 1e-3, "accum_steps": 2}, {}),
+    "hook and tied weights": (
+        {**ADAMW, "x_model": "named", "scheduler__type": "cosine", "ema__enabled": True},
+        {"x_seed": 1},
+    ),
+    "named parts": (
+        SGD,
+        {
+            "parallel__pipeline_schedule": "LoopedBFS",
+            "parallel__module_fqns_per_model_part": [["0", "1"], ["3", "4"], ["6", "7"], ["9", "10", "12"]],
+        },
+    ),
+}
+
+
+def compare(one, ranks, what):
+    first = ranks[0]
+    for rank, found in enumerate(ranks):
+        close(found["weights"], one["weights"], (what, rank, "weights"))
+        close(found["results"], one["results"], (what, rank, "results"))
+        close(found["norms"], one["norms"], (what, rank, "norms"))
+        close(found["entries"], one["entries"], (what, rank, "entries"), rel=1e-7)
+        assert found["results"] == first["results"] and found["best"] == one["best"]
+        assert found["entries"] == first["entries"] and found["rate"] == one["rate"]
+        assert found["own"] == (0 if not found["last"] else found["own"])
+        for key in ("global_step", "micro_step", "epoch", "samples", "skipped"):
+            assert found["state"][key] == one["state"][key], (what, rank, key)
+
+
+def test_two_stages_equal_one_process(tmp_path):
+    (one,) = start(tmp_path / "one", 1, [{"stack": "torch", **COMMON, **case} for case, _ in CASES.values()])
+    two = start(tmp_path / "two", 2, [{**COMMON, **case, **PIPELINE, **own} for case, own in CASES.values()])
+    for index, what in enumerate(CASES):
+        compare(one[index], [rank[index] for rank in two], what)
+        assert one[index]["state"]["global_step"] >= 8
+        own = [rank[index] for rank in two if rank[index]["last"]]
+        assert len(own) == 1 and own[0]["own"] == 21
+        close(own[0]["losses"], [loss for loss in one[index]["losses"] if not math.isnan(loss)], what)  # all ignored
