@@ -1,7 +1,7 @@
 """Split models against unsplit ones, on every rank of a gloo world: `plans_ranks.py scenario [scenario ...]`.
 
-A scenario is `forward:axis=degree[,axis=degree]` (every case of `CASES`: outputs and gradients), `train:...` (20 updates of a small
-language model) or the name of a function below.
+A scenario is `forward:axis=degree[,axis=degree]` (every case of `CASES`: outputs and gradients), `train:...` (20 updates of
+a small language model) or another function below.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from danling.backends.parallel import ParallelTopology
-from danling.backends.parallel.context import ParallelContext
+from danling.backends.parallel.context import ParallelContext, local_tensor
 from danling.backends.parallel.parallelize import parallelize_part
 from danling.backends.parallel.plans import (
     PackedShard,
@@ -34,6 +34,7 @@ from danling.backends.parallel.plans import (
     shard_context,
     to_usual_order,
 )
+from danling.backends.parallel.sharding import data_mesh, shard_model
 from danling.optim import OptimizerStep
 
 WIDTH, HEADS, HIDDEN, LENGTH, BATCH = 8, 4, 12, 8, 2
@@ -76,6 +77,10 @@ def encoder_layer(**options: Any) -> nn.TransformerEncoderLayer:
 
 def decoder_layer(**options: Any) -> nn.TransformerDecoderLayer:
     return nn.TransformerDecoderLayer(WIDTH, HEADS, HIDDEN, 0.0, **options)
+
+
+def stack(layer: nn.TransformerEncoderLayer) -> nn.TransformerEncoder:
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
 def causal(x: Tensor, dim: int) -> Tensor:
@@ -158,7 +163,7 @@ def attention(**options: Any) -> Callable[[], nn.Module]:
 
 CASES = {
     "causal encoder": Case(
-        lambda: nn.TransformerEncoder(encoder_layer(batch_first=True, activation="gelu", norm_first=True), 2, enable_nested_tensor=False),
+        lambda: stack(encoder_layer(batch_first=True, activation="gelu", norm_first=True)),
         lambda model, sources, cut: (model((x := cut(sources[0], 1)), mask=causal(x, 1)),),
         (BLE,),
     ),
@@ -179,11 +184,18 @@ CASES = {
     ),
     "attention with weights": Case(attention(), attend(key_padding_mask=padding()), (BLE,)),
     "attention with weights by head": Case(
-        attention(add_bias_kv=True), attend(average_attn_weights=False, attn_mask=full_mask(BATCH * HEADS, LENGTH, LENGTH)), (BLE,)
+        attention(add_bias_kv=True),
+        attend(average_attn_weights=False, attn_mask=full_mask(BATCH * HEADS, LENGTH, LENGTH)),
+        (BLE,),
     ),
     "learned and zero keys": Case(
         attention(add_bias_kv=True, add_zero_attn=True),
-        attend(need_weights=False, is_causal=True, attn_mask=lambda cut, x: causal(x, 1).bool(), key_padding_mask=lambda cut, x: cut(padding(), 1)),
+        attend(
+            need_weights=False,
+            is_causal=True,
+            attn_mask=lambda cut, x: causal(x, 1).bool(),
+            key_padding_mask=lambda cut, x: cut(padding(), 1),
+        ),
         (BLE,),
     ),
     "unlike inputs": Case(
@@ -244,6 +256,7 @@ def forward(axes: dict[str, int]) -> None:
 # ---------------------------------------------------------------- training
 
 VOCABULARY, UPDATES = 11, 20
+FSDP = dict.fromkeys(("module_classes", "reshard_after_forward", "mp_policy", "offload_policy"))
 
 
 class Language(nn.Module):
@@ -254,9 +267,7 @@ class Language(nn.Module):
         self.ctx: Any = None
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.positions = nn.Embedding(LENGTH, WIDTH)
-        self.encoder = nn.TransformerEncoder(
-            encoder_layer(batch_first=True, norm_first=True), 2, enable_nested_tensor=False
-        )
+        self.encoder = stack(encoder_layer(batch_first=True, norm_first=True))
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def parallelize(self, ctx: Any) -> nn.Module:
@@ -306,12 +317,9 @@ def train(axes: dict[str, int], build: Callable[[], nn.Module] = Language) -> No
         torch.manual_seed(1)
         model = build().double()
         mine = parallelize_part(copy.deepcopy(model), ctx)
-        if ctx.degree("shard") > 1:
-            assert ctx.degree("context") == 1
-            for layer in list(mine.children()):
-                if any(True for _ in layer.parameters()):
-                    fully_shard(layer, mesh=ctx.submesh("shard"))
-            fully_shard(mine, mesh=ctx.submesh("shard"))
+        sharded = ctx.degree("shard") > 1
+        if sharded:
+            shard_model(mine, data_mesh(ctx), FSDP)
         reference, update = optimizers(model, None, index), optimizers(mine, ctx, index)
         layouts = packed_parameters(mine)
         criterion = nn.CrossEntropyLoss(reduction="sum")
@@ -321,15 +329,14 @@ def train(axes: dict[str, int], build: Callable[[], nn.Module] = Language) -> No
             loss.backward()
             expected = reference.step()
             part = shard_context((tokens.chunk(ranks)[rank], target.chunk(ranks)[rank]), ctx)
-            # FSDP2 averages over `shard`; what it does not do is done by hand, over `loss`.
-            mine_loss = criterion(mine(part[0]), part[1]) / total * ctx.degree("shard")
-            mine_loss.backward()
-            if ctx.degree("shard") == 1:
+            mine_loss = criterion(mine(part[0]), part[1]) / total
+            (mine_loss * (ctx.degree("loss") if sharded else 1)).backward()
+            if not sharded:  # FSDP2 averages over the `loss` domain; without it the sum is taken here
                 for parameter in mine.parameters():
                     gradient = parameter.grad
                     ctx.all_reduce(gradient.to_local() if isinstance(gradient, DTensor) else gradient, "loss")
             result = update.step()
-            close(ctx.all_reduce(mine_loss.detach() / ctx.degree("shard"), "loss"), loss.detach(), "loss")
+            close(ctx.all_reduce(mine_loss.detach(), "loss"), loss.detach(), "loss")
             close(result.grad_norm, expected.grad_norm, "gradient norm", 1e-6)
         assert [name for name, _ in mine.named_parameters()] == [name for name, _ in model.named_parameters()]
         for name, value in mine.named_parameters():
@@ -372,8 +379,7 @@ def checkpoint(axes: dict[str, int]) -> None:
         model = Language()
         mine = split(copy.deepcopy(model), ctx)
         if sharded:
-            fully_shard(mine.encoder.layers[0], mesh=ctx.submesh("shard"))
-            fully_shard(mine, mesh=ctx.submesh("shard"))
+            shard_model(mine, data_mesh(ctx), FSDP)
         return model, mine
 
     def state_of(model: nn.Module) -> dict[str, Any]:
@@ -396,6 +402,94 @@ def checkpoint(axes: dict[str, int]) -> None:
     layouts = packed_parameters(other)
     for name, value in other.state_dict().items():
         assert torch.equal(whole(value, layouts.get(name)), model.state_dict()[name]), name
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def equal_on_all_ranks(value: Tensor) -> bool:
+    gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, value.contiguous())
+    return all(torch.equal(other, value) for other in gathered)
+
+
+def dropout() -> None:
+    """Masks of split activations differ between tensor ranks, those of replicated ones and the generators do not."""
+    ctx = context_of({"tensor": 2})
+    torch.manual_seed(4)
+    layer = nn.TransformerEncoderLayer(64, HEADS, 256, 0.5, batch_first=True).double()
+    split(layer, ctx)
+    x = torch.randn(4, 16, 64, dtype=torch.float64)
+    hidden = torch.ones(64, 128)
+    torch.manual_seed(5)
+    kept = layer.dropout(hidden)
+    assert not equal_on_all_ranks(kept) and 0.4 < (kept > 0).double().mean() < 0.6
+    assert equal_on_all_ranks(torch.get_rng_state())
+    torch.manual_seed(5)
+    assert torch.equal(layer.dropout(hidden), kept)
+    assert not torch.equal(layer.dropout(hidden), kept)
+    _, weights = layer.self_attn(x, x, x, average_attn_weights=False)
+    dropped = weights == 0
+    assert equal_on_all_ranks(dropped) and 0.4 < dropped.double().mean() < 0.6
+    assert not torch.equal(dropped[:, 0], dropped[:, HEADS // 2])
+    outputs = []
+    for checkpointed in (False, True):
+        torch.manual_seed(6)
+        source = x.clone().requires_grad_()
+        out = torch.utils.checkpoint.checkpoint(layer, source, use_reentrant=False) if checkpointed else layer(source)
+        out.square().sum().backward()
+        assert equal_on_all_ranks(out.detach()) and equal_on_all_ranks(source.grad)
+        outputs.append((out.detach(), source.grad))
+    for plain, again in zip(*outputs, strict=True):
+        close(again, plain, "a layer that is computed again")
+    layer.eval()
+    state = torch.get_rng_state()
+    layer(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---------------------------------------------------------------- torch's ring attention, compile
+
+
+def ring() -> None:
+    """torch's ring attention, with the kernels that it has on this device, gives what gathered keys give."""
+    from danling.backends.parallel.plans import attention
+    from danling.backends.parallel.plans.ring import ring_applies
+
+    ctx = context_of({"context": 2})
+    for is_causal in (False, True):
+        torch.manual_seed(7)
+        model = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        x = torch.randn(BATCH, LENGTH, WIDTH).chunk(2, 1)[ctx.rank("context")].contiguous()
+        apply_context_plan(model, ctx)
+        results = []
+        for applies in (ring_applies, lambda *args: True):
+            attention.ring_applies = applies
+            source = x.clone().requires_grad_()
+            mask = causal(x, 1) if is_causal else None
+            out = model(source, source, source, attn_mask=mask, is_causal=is_causal, need_weights=False)[0]
+            out.square().sum().backward()
+            results.append([out.detach(), source.grad, *(value.grad.clone() for value in model.parameters())])
+            model.zero_grad()
+        attention.ring_applies = ring_applies
+        for index, (gathered, passed_round) in enumerate(zip(*results, strict=True)):
+            close(passed_round, gathered, f"causal {is_causal}, value {index}", 2e-5)
+
+
+def compiled(axes: dict[str, int]) -> None:
+    """A split model compiles, and computes what it computes without."""
+    ctx = context_of(axes)
+    torch.manual_seed(8)
+    model = parallelize_part(Language().double(), ctx)
+    tokens, target = shard_context(next(batches(2)), ctx)
+    results = []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        loss = nn.functional.cross_entropy(run(tokens), target)
+        loss.backward()
+        results.append([loss.detach(), *(local_tensor(value.grad).clone() for value in model.parameters())])
+    for eager, again in zip(*results, strict=True):
+        close(again, eager, "compiled")
 
 
 # ---------------------------------------------------------------- running

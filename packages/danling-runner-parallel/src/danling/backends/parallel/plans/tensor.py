@@ -101,6 +101,8 @@ def apply_tensor_plan(part: nn.Module, ctx: Any) -> bool:
     names = {module: name or type(part).__name__ for name, module in part.named_modules()}
     attentions = [module for module in names if attention.is_standard(module)]
     layers = [module for module in names if _feeds_forward(module)]
+    if not attentions and not layers:
+        return False
     cuts = [cut for module in attentions for cut in _attention_cuts(module)]
     cuts += [cut for layer in layers for cut in _feed_forward_cuts(layer)]
     problems = [*_size_problems(attentions, layers, names, axis.degree), *_cut_problems(part, cuts, names)]
@@ -115,7 +117,7 @@ def apply_tensor_plan(part: nn.Module, ctx: Any) -> bool:
             become(module, mixin)  # type: ignore[arg-type]
             module.axis = axis  # type: ignore[assignment]
     forbid_fast_path(part)
-    return bool(attentions or layers)
+    return True
 
 
 def forbid_fast_path(part: nn.Module) -> None:

@@ -1,0 +1,50 @@
+"""Split models equal unsplit ones: outputs, gradients and 20 updates in float64, on real ranks (see `plans_ranks.py`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.ranks import run_ranks
+
+SCRIPT = Path(__file__).with_name("plans_ranks.py")
+WARNINGS = {"PYTHONWARNINGS": "error::FutureWarning,error::DeprecationWarning:danling"}
+
+
+def passes(nproc: int, *scenarios: str, timeout: float = 150.0) -> None:
+    for result in run_ranks(SCRIPT, nproc, scenarios, timeout=timeout, env=WARNINGS):
+        assert [line for line in result.output.splitlines() if line.startswith("passed")] == [
+            f"passed {scenario}" for scenario in scenarios
+        ]
+
+
+def test_layers_split_by_heads_and_hidden_units() -> None:
+    passes(2, "forward:tensor=2", "train:tensor=2", "checkpoint:tensor=2", "dropout")
+
+
+def test_sequences_cut_and_experts_spread() -> None:
+    passes(2, "forward:context=2", "train:context=2", "experts:expert=2", "ring")
+
+
+@pytest.mark.slow
+def test_two_axes_at_once() -> None:
+    passes(
+        4,
+        "forward:tensor=2,context=2",
+        "train:tensor=2,context=2",
+        "train:shard=2,tensor=2",
+        "train:replicate=2,context=2",
+    )
+
+
+@pytest.mark.slow
+def test_experts_beside_other_axes() -> None:
+    passes(4, "experts:expert=2,expert_tensor=2", "experts:shard=2,expert=2", "experts:context=2,expert=2")
+
+
+@pytest.mark.slow
+def test_more_ranks_and_other_ways_to_run() -> None:
+    passes(
+        4, "forward:tensor=4", "train:shard=2,context=2", "checkpoint:shard=2,tensor=2", "compiled:tensor=2,context=2"
+    )
