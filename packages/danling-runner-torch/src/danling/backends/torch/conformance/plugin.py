@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from .forks import Forks
 from .marks import MARK
 from .ranks import RankResult, run_ranks
 from .settings import Settings, parse_override
@@ -79,10 +80,11 @@ class Jobs:
     Args:
         settings: of the suite.
         folder: for everything they write.
+        forks: what starts them quickly; None starts a Python for each.
     """
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: Settings, folder: Path, forks: Forks | None) -> None:
+        self.settings, self.folder, self.forks = settings, folder, forks
         self.file = folder / "settings.json"
         self.file.write_text(settings.dumps())
 
@@ -104,10 +106,12 @@ class Jobs:
         folder.mkdir(exist_ok=True)
         for file in folder.glob("rank*.pkl"):
             file.unlink()
-        limit = 60 + 30 * len(names)
-        ended = run_ranks(
-            SCRIPT, self.settings.nproc, [str(self.file), str(folder), *names], timeout=limit, env=env, check=check
-        )
+        nproc, args = self.settings.nproc, [str(self.file), str(folder), *names]
+        limit = 60.0 + 30 * len(names)
+        if self.forks is None:
+            ended = run_ranks(SCRIPT, nproc, args, timeout=limit, env=env, check=check)
+        else:
+            ended = self.forks.run(nproc, args, timeout=limit, env=env, check=check)
         for result in ended:
             print(f"--- {job}, rank {result.rank}: exit {result.returncode}\n{result.output}")
         return [_read(folder / f"rank{rank}.pkl") for rank in range(self.settings.nproc)], ended
@@ -129,8 +133,14 @@ class _Failure(str):
 @pytest.fixture(scope="session")
 def jobs(settings: Settings) -> Iterator[Jobs]:
     """For tests that need processes of their own."""
+    import torch
+
     with tempfile.TemporaryDirectory(prefix="danling-conformance-") as folder:
-        yield Jobs(settings, Path(folder))
+        if torch.accelerator.is_available():
+            yield Jobs(settings, Path(folder), None)
+        else:
+            with Forks(settings.stack) as forks:
+                yield Jobs(settings, Path(folder), forks)
 
 
 @pytest.fixture(scope="session")

@@ -103,8 +103,13 @@ def run_ranks(
             log.seek(0)
             results.append(RankResult(rank, process.returncode, log.read()))
             log.close()
+    check_ranks(results, late, timeout, check)
+    return results
+
+
+def check_ranks(results: Sequence[RankResult], late: Sequence[int], timeout: float, check: bool) -> None:
+    """Raise `AssertionError`, with all outputs, when ranks were late or, with `check`, ended badly."""
     report = "\n".join(f"--- rank {r.rank}: exit {r.returncode}\n{r.output}" for r in results)
-    assert not late, f"ranks {late} still running after {timeout} s\n{report}"
+    assert not late, f"ranks {list(late)} still running after {timeout} s\n{report}"
     if check:
         assert all(r.returncode == 0 for r in results), report
-    return results
