@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.tiny import Points, tiny_config
 from torch import nn
 
 from danling.metrics import multiclass_metrics
 from danling.runners import Runner
+from support.tiny import Points, tiny_config
 
 
 def sequential(dropout: float) -> nn.Module:

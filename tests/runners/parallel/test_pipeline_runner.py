@@ -18,11 +18,15 @@ ADAMW = {"optim__type": "adamw", "optim__lr": 1e-2, "dataloader__batch_size": 8,
 PIPELINE = {"stack": "parallel", "parallel__axes__pipeline": 2, "parallel__pipeline_n_microbatches": 4}
 
 
-def start(folder, nproc, runs, timeout=120):
-    folder.mkdir()
+def start(folder, nproc, runs, crash=None):
+    folder.mkdir(exist_ok=True)
     tests = str(Path(__file__).parents[2])
     env = {"PYTHONPATH": os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    run_ranks(SCRIPT, nproc, [json.dumps(runs), str(folder)], env=env, timeout=timeout)
+    if crash is not None:
+        env["DANLING_CRASH_AT"] = crash
+    results = run_ranks(SCRIPT, nproc, [json.dumps(runs), str(folder)], env=env, timeout=180, check=crash is None)
+    if crash is not None:
+        return [result.returncode for result in results]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(nproc)]
 
 
@@ -81,3 +85,75 @@ def test_two_stages_equal_one_process(tmp_path):
         own = [rank[index] for rank in two if rank[index]["last"]]
         assert len(own) == 1 and own[0]["own"] == 21
         close(own[0]["losses"], [loss for loss in one[index]["losses"] if not math.isnan(loss)], what)  # all ignored
+
+
+WIDE = {
+    "four stages": (SGD, {"parallel__axes__pipeline": 4}),
+    "sharded stages": (
+        {**ADAMW, "accum_steps": 2, "ema__enabled": True},
+        {"parallel__axes__shard": 2, "dataloader__batch_size": 4, "parallel__pipeline_n_microbatches": 2},
+    ),
+    "sharded stages, several each": (
+        {**SGD, "max_grad_norm": 0.05, "x_metrics": True},
+        {
+            "parallel__axes__shard": 2,
+            "dataloader__batch_size": 4,
+            "parallel__pipeline_schedule": "Interleaved1F1B",
+        },
+    ),
+    "replicated stages": (
+        {**SGD, "accum_steps": 3},
+        {"parallel__axes__replicate": 2, "dataloader__batch_size": 4, "parallel__pipeline_schedule": "ZBVZeroBubble"},
+    ),
+}
+
+
+def test_four_ranks_equal_one_process(tmp_path):
+    (one,) = start(tmp_path / "one", 1, [{"stack": "torch", **COMMON, **case} for case, _ in WIDE.values()])
+    four = start(tmp_path / "four", 4, [{**COMMON, **case, **PIPELINE, **own} for case, own in WIDE.values()])
+    for index, what in enumerate(WIDE):
+        compare(one[index], [rank[index] for rank in four], what)
+
+
+LIVELY = {
+    **ADAMW,
+    **PIPELINE,
+    "x_dropout": 0.2,
+    "x_metrics": True,
+    "accum_steps": 2,
+    "ema__enabled": True,
+    "scheduler__type": "cosine",
+    "checkpoint__interval": "2 steps",
+    "checkpoint__keep_latest_k": 2,
+    "dataloader__drop_last": False,
+    "seed": 1,
+    "epochs": 4,
+}
+RESUMED = {
+    "killed in a window": (2, {}, "step.end@1:6"),
+    "killed in a save": (2, {"parallel__pipeline_schedule": "DualPipeV"}, "save.manifest@0:3"),
+    "killed in an evaluation": (2, {"checkpoint__async_enabled": False}, "evaluate.batch@1:5"),
+    "sharded, killed in a save": (
+        4,
+        {"parallel__axes__shard": 2, "dataloader__batch_size": 4, "parallel__pipeline_schedule": "Interleaved1F1B"},
+        "save.file@3:4",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [name if name == "killed in a save" else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
+)
+def test_killed_and_resumed_is_never_killed(tmp_path, case):
+    nproc, own, crash = RESUMED[case]
+    config = {**LIVELY, **own}
+    straight = start(tmp_path / "straight", nproc, [config])
+    codes = start(tmp_path / "killed", nproc, [config], crash=crash)
+    assert codes[int(crash.partition("@")[2][0])] == 137
+    resumed = start(tmp_path / "killed", nproc, [{**config, "auto_resume": True}])
+    for one, other in zip(straight, resumed, strict=True):
+        one, other = one[0], other[0]
+        for key in ("weights", "results", "best", "state", "entries", "rate"):
+            assert one[key] == other[key], (case, key)
+        assert 0 < len(other["norms"]) < len(one["norms"])
+        assert other["norms"] == one["norms"][-len(other["norms"]) :]
