@@ -189,7 +189,7 @@ def _precision(given: dict[str, Any], asked: str | None, device: str, problems: 
             given[name] = {**(section if isinstance(section, dict) else {}), "enabled": bool(enabled)}
         else:
             given.pop(name, None)
-    if _find(given, "fp16.enabled") and device == "cpu":
+    if found is not None and PRECISIONS[found.lower()] == "fp16" and device == "cpu":
         problems.append("precision: fp16 needs an accelerator, and DeepSpeed drives the CPU here; use bf16 or fp32")
     return None if found is None else found.lower()
 
