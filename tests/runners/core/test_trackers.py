@@ -143,14 +143,16 @@ def test_no_file(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_a_killed_process_loses_no_complete_line(tmp_path):
+def test_a_killed_process_loses_no_more_than_a_quarter_of_a_second(tmp_path):
     path = tmp_path / "metrics.jsonl"
     code = textwrap.dedent(
         """
-        import sys
+        import sys, time
         from danling.runners.trackers import MetricsFile
         file = MetricsFile(sys.argv[1])
         for step in range(10**9):
+            if step == 100:
+                time.sleep(0.25)
             file.append("log", global_step=step, epoch=0, values={"loss": 0.5})
             if step == 100:
                 print("running", flush=True)
@@ -163,6 +165,24 @@ def test_a_killed_process_loses_no_complete_line(tmp_path):
     process.stdout.close()
     steps = [row["global_step"] for row in read_metrics(path)]
     assert len(steps) > 100 and steps == list(range(len(steps)))
+
+
+def test_only_log_lines_wait_for_each_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+
+    def written():
+        return len(path.read_bytes().splitlines())
+
+    for step in range(3):
+        file.append("log", global_step=step, epoch=0)
+    assert written() == 1
+    file.append("evaluate", global_step=3, epoch=0)
+    assert written() == 4
+    file.append("log", global_step=4, epoch=0)
+    assert written() == 4
+    file.sync()
+    assert written() == 5
 
 
 def test_lines_wait_until_they_can_be_written(tmp_path, problems):
@@ -198,10 +218,10 @@ def test_a_line_that_was_written_in_part_is_written_again_whole(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         file = MetricsFile(sys.argv[1])
         for step in range(20):
-            file.append("log", global_step=step, epoch=0)
+            file.append("evaluate", global_step=step, epoch=0)
         assert len(file.problems) == 1
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        file.append("log", global_step=20, epoch=0)
+        file.append("evaluate", global_step=20, epoch=0)
         file.close()
         """
     )

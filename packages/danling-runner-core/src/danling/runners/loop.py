@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .crash import crash_point
+from .crash import crash_point, is_armed
 from .state import RunnerMode
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ class Loop:
         runner.split = split
         runner.mode = RunnerMode.TRAIN
         listeners = runner.events["step"]
-        bar = runner.console.bar
+        bar = runner.console.bar if runner.console.bar.live else None
+        dies = is_armed("step.end")
         self.last_metrics = {}
         with runner.open_pass(split) as data:
             while True:
@@ -143,8 +144,10 @@ class Loop:
                         runner.emit("step")
                 elif self.triggers:
                     self._skipped()
-                bar.advance(state.global_step, state.epoch)
-                crash_point("step.end")
+                if bar is not None:
+                    bar.advance(state.global_step, state.epoch)
+                if dies:
+                    crash_point("step.end")
                 if data.exhausted or state.global_step >= self._next_step or runner.pending:
                     if updated and self.triggers and self.log_every and state.global_step % self.log_every == 0:
                         runner.log_training()

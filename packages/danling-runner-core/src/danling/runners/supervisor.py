@@ -39,6 +39,7 @@ class Supervisor:
         stop: the strongest reason to stop so far.
         stop_reason: in words, for ``summary.json``.
         save_requested: a save is asked for.
+        pending: something is asked for on this rank; read after every update, so it is kept rather than worked out.
         problems: what went wrong without stopping the run.
     """
 
@@ -48,16 +49,12 @@ class Supervisor:
         self.stop = Stop.NONE
         self.stop_reason: str | None = None
         self.save_requested = False
+        self.pending = False
         self._pid: int | None = None
         self._previous: dict[int, Any] = {}
         self._gc: _GarbageCollection | None = None
 
     # Requests
-
-    @property
-    def pending(self) -> bool:
-        """Something is asked for on this rank."""
-        return self.save_requested or self.stop is not Stop.NONE
 
     @property
     def stop_requested(self) -> bool:
@@ -70,7 +67,7 @@ class Supervisor:
 
     def request_save(self) -> None:
         """Ask for a save at the next boundary, on all ranks."""
-        self.save_requested = True
+        self.save_requested = self.pending = True
 
     def agree(self, stop: int, save: bool, reason: str | None = None) -> None:
         """Take over what all ranks together decided; the strongest reason wins."""
@@ -84,11 +81,13 @@ class Supervisor:
     def save_done(self) -> None:
         """A save has been committed: the request is served."""
         self.save_requested = False
+        self.pending = self.stop_requested
 
     def clear_stop(self) -> None:
         """Forget a request to stop, when a run that was stopped is trained further in the same process."""
         self.stop = Stop.NONE
         self.stop_reason = None
+        self.pending = self.save_requested
 
     def exit_error(self) -> BaseException | None:
         """What the run raises once it has saved and closed: ``SystemExit(143)``, ``KeyboardInterrupt`` or None."""
@@ -100,7 +99,7 @@ class Supervisor:
 
     def _ask_stop(self, stop: Stop, reason: str) -> None:
         if stop > self.stop:
-            self.stop, self.stop_reason = stop, reason
+            self.stop, self.stop_reason, self.pending = stop, reason, True
 
     # Signals
 

@@ -15,14 +15,16 @@ from ..problems import Problems
 
 FILE_NAME = "metrics.jsonl"
 _KEPT_BACK = 10_000
+_HELD_SECONDS = 0.25
 
 
 class MetricsFile:
     """Appends lines to ``metrics.jsonl``.
 
-    Each line is one ``write``. A line that cannot be written (full disk) is counted as a problem, kept, and written
-    before the next one; nothing is ever raised. What a killed process left unfinished at the end of the file is cut off
-    first.
+    Each line is one ``write``, at once. Only log lines that follow a write within a quarter of a second wait for the
+    next line or checkpoint, because a write takes as long as an update of a small model. A line that cannot be written
+    (full disk) is counted as a problem, kept, and written before the next one; nothing is ever raised. What a killed
+    process left unfinished at the end of the file is cut off first.
 
     Args:
         file: the path; its directory is created.
@@ -36,6 +38,7 @@ class MetricsFile:
         self.problems = Problems() if problems is None else problems
         self._kept: list[bytes] = []
         self._fd: int | None = None
+        self._due = 0.0
 
     def append(
         self,
@@ -58,11 +61,12 @@ class MetricsFile:
         for name, value in (values or {}).items():
             line[f"value.{name}" if name in line else name] = value
         try:
-            self._kept.append(dump_json(line).encode() + b"\n")
+            self._kept.append(_encoded(line))
         except (TypeError, ValueError) as error:
             self.problems.add(FILE_NAME, error)
             return
-        self._write()
+        if event != "log" or time.monotonic() >= self._due:
+            self._write()
 
     def sync(self) -> None:
         """fsync what has been appended."""
@@ -92,6 +96,7 @@ class MetricsFile:
                     line = line[os.write(self._fd, line) :]
                 self._kept.pop(0)
                 crash_point("metrics.append")
+            self._due = time.monotonic() + _HELD_SECONDS
         except OSError as error:
             self.problems.add(FILE_NAME, error)
             if self._fd is not None:  # what was written of this line is cut off when the file is opened again
@@ -110,6 +115,14 @@ class MetricsFile:
             os.close(fd)
             raise
         return fd
+
+
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):  # what is not plain, or not finite
+        text = dump_json(line)
+    return text.encode() + b"\n"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

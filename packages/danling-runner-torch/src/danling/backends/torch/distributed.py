@@ -234,7 +234,9 @@ class Distributed(_Host):
     @property
     def pending(self) -> bool:
         """Whether a stop or a save is asked for that all ranks know of."""
-        return any(self.agreed) if self.distributed else self.supervisor.pending
+        if self._read_world()[0] == 1:
+            return self.supervisor.pending
+        return any(self.agreed)
 
     def requests(self) -> tuple[bool, bool]:
         """Whether all ranks agree on a stop, and on a save."""

@@ -50,7 +50,6 @@ class Feed:
         self._position = self._state.positions.setdefault(split, {"samples": 0})
         self._batches = 0  # micro-batches this rank has taken in this pass
         self._first = True
-        self._plain = False
         self._sums = False  # whether losses are added instead of averaged
         self._last_batch: Any = _END
 
@@ -84,8 +83,6 @@ class Feed:
 
     def next_window(self) -> Window | None:
         """Take the micro-batches of the next update; None at the end of the data of all ranks, or when interrupted."""
-        if self._plain:
-            return self._next_plain()
         if self.interrupted:
             return None
         try:
@@ -107,7 +104,8 @@ class Feed:
         window = self.window
         window.open(batches, [self._weigh(batch) for batch in batches])
         window.samples, window.tokens = self._count(batches)
-        self._plain = self.accum_steps == 1
+        if self.accum_steps == 1:
+            self.next_window = self._next_plain  # type: ignore[method-assign]
         return window
 
     def _next_plain(self) -> Window | None:

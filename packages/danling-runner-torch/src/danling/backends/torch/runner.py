@@ -74,7 +74,8 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
     @property
     def train_metrics(self) -> Any:
         """Metrics of training; silent while a batch is run that counts for nothing."""
-        return MUTED if self.window.is_filler else self._train_metrics
+        window = self.window
+        return MUTED if window.fillers <= window.index < len(window.batches) else self._train_metrics
 
     @train_metrics.setter
     def train_metrics(self, metrics: Any) -> None:

@@ -232,7 +232,7 @@ class Training(_Host):
             return
         weight = window.weights[index]
         if isinstance(loss, Tensor):
-            loss = loss.item() if loss.device.type == "cpu" else loss.detach()
+            loss = loss.item() if loss.is_cpu else loss.detach()
         if weight is None:  # losses are added: shown per sample
             weight = samples_in(window.batches[index])
             loss = loss / weight
