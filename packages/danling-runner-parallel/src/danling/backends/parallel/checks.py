@@ -58,6 +58,31 @@ def broadcast_state(part: nn.Module, ctx: ParallelContext) -> None:
             tensor.detach().copy_(whole)
 
 
+class Buffers:
+    """Keeps buffers that training changes, such as running statistics, the same on all ranks that average gradients.
+
+    Args:
+        parts: what this rank holds of the model.
+        ctx: meshes and groups.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], ctx: ParallelContext) -> None:
+        self.ctx = ctx
+        self.buffers = [buffer for part in parts for buffer in part.buffers()] if ctx.degree("loss") > 1 else []
+        self._versions = [buffer._version for buffer in self.buffers]
+
+    def synchronise(self) -> None:
+        """Give all of them what the first has, of buffers that were written to since the last time."""
+        versions = [buffer._version for buffer in self.buffers]
+        if versions == self._versions:
+            return
+        group = self.ctx.group("loss")
+        for buffer, now, before in zip(self.buffers, versions, self._versions, strict=True):
+            if now != before:
+                dist.broadcast(buffer, src=dist.get_global_rank(group, 0), group=group)
+        self._versions = [buffer._version for buffer in self.buffers]
+
+
 def check_replicas(parts: Sequence[nn.Module], ctx: ParallelContext, when: str) -> None:
     """Compare, bit by bit through checksums, every tensor that several ranks hold whole or in equal parts.
 

@@ -23,7 +23,7 @@ from danling.runners.state import RunnerMode
 
 from .averaging import ShardedEMA
 from .checkpoints import Checkpoints
-from .checks import broadcast_state, check_replicas, materialize_meta
+from .checks import Buffers, broadcast_state, check_replicas, materialize_meta
 from .context import ParallelContext
 from .parallelize import parallelize_part, share_axes
 from .pipelining import Pipelining
@@ -156,6 +156,7 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
             self.parallel.took("pipeline")
         self.parallel.require()
         self.check_replicas("at the start")
+        self._buffers_in_step = Buffers(self.local_parts(), self.parallel)
         self._bind_ema()
         self.bind_criterion()
         self._bind_metrics()
@@ -215,6 +216,16 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
             self.wrap_model()
             self.model_parts = [self.model]
         self.parallel.took("replicate", "shard")
+
+    @property
+    def meets_in_forward(self) -> bool:  # type: ignore[override]
+        """Whether ranks that read different data wait for each other in every forward pass: FSDP2 gathers weights."""
+        return self.uses_fsdp
+
+    @property
+    def meets_in_backward(self) -> bool:  # type: ignore[override]
+        """Whether ranks that read different data wait for each other in every backward pass."""
+        return self.uses_fsdp
 
     def iter_optimizer_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names, as in the whole model, and parameters that are trained, of all parts on this rank."""
@@ -347,6 +358,7 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     def optimizer_step(self) -> bool:
         """Update the weights and what follows every update; return whether it was applied."""
         first = self._first_update
+        self._buffers_in_step.synchronise()
         applied = super().optimizer_step()
         if first and applied:
             self.check_replicas("after the first update")
@@ -378,6 +390,11 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     @property
     def _own_ema(self) -> bool:
         return self.ema is not None and not isinstance(self.ema, ShardedEMA)
+
+    def _gather_entries(self, split: str, own: list[Any]) -> list[Any]:
+        coordinates = self.topology.coordinates
+        repeated = any(coordinates[axis] for axis in ("context", "tensor", "expert", "expert_tensor"))
+        return super()._gather_entries(split, [] if repeated else own)
 
     def describe_environment(self) -> Mapping[str, Any]:
         """Devices, hosts and layout, for the metadata of the attempt."""

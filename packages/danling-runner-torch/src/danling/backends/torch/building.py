@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -190,14 +191,16 @@ class Building(_Host):
         if not trained:
             return
         on_device = self.device.type != "cpu"
+        renamed = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": options.broadcast_buffers}
         self.model = nn.parallel.DistributedDataParallel(
             self.model,
             device_ids=[self.device.index] if on_device else None,
             find_unused_parameters=options.find_unused_parameters,
             static_graph=options.static_graph,
             gradient_as_bucket_view=options.gradient_as_bucket_view,
-            broadcast_buffers=options.broadcast_buffers,
             bucket_cap_mb=options.bucket_cap_mb,
+            **buffers,
         )
 
     def unwrap(self, model: Any) -> Any:
