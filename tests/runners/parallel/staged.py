@@ -64,7 +64,24 @@ class Named(nn.Module):
         return part
 
 
-MODELS = {"sequential": sequential, "named": Named}
+class Tokens(nn.Module):
+    """Numbers as a sequence of tokens, or a sequence as the mean of its tokens."""
+
+    def __init__(self, mean: bool) -> None:
+        super().__init__()
+        self.mean = mean
+
+    def forward(self, x: Any) -> Any:
+        return x.mean(1) if self.mean else x.unsqueeze(-1)
+
+
+def transformer(dropout: float) -> nn.Module:
+    """Two encoder layers between linear ones."""
+    layers = [nn.TransformerEncoderLayer(8, 2, 12, dropout, batch_first=True) for _ in range(2)]
+    return nn.Sequential(Tokens(False), nn.Linear(1, 8), *layers, Tokens(True), nn.Linear(8, 3))
+
+
+MODELS = {"sequential": sequential, "named": Named, "transformer": transformer}
 
 
 class Staged(Runner):
@@ -91,20 +108,6 @@ class Staged(Runner):
         return prediction, loss
 
 
-def weights(runner: Any) -> dict[str, Any]:
-    """The weights of the whole model by name, put together from all ranks."""
-    parts = getattr(runner, "model_parts", None) or [runner.model]
-    own = {}
-    for part in parts:
-        for name, value in runner.unwrap(part).state_dict().items():
-            own[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).tolist()
-    whole: dict[str, Any] = {}
-    for share in runner.gather_objects(own):
-        for name, value in share.items():
-            assert whole.setdefault(name, value) == value, name
-    return whole
-
-
 def run(overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
     options = {key: overrides.pop(key) for key in list(overrides) if key.startswith("x_")}
     with Staged(tiny_config(folder / "runs", **overrides), options) as runner:
@@ -114,7 +117,7 @@ def run(overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
         entries = runner.infer("val", gather=True)
         own = runner.infer("val")
         return {
-            "weights": weights(runner),
+            "weights": runner.broadcast_object({k: v.tolist() for k, v in runner.export_state(ema=False).items()}),
             "results": runner.results.rows(),
             "best": runner.best_index,
             "state": {k: v for k, v in runner.train_state.state_dict().items() if k != "positions"},

@@ -101,6 +101,10 @@ WIDE = {
             "parallel__pipeline_schedule": "Interleaved1F1B",
         },
     ),
+    "stages split over tensor ranks": (
+        {**SGD, "x_model": "transformer", "accum_steps": 2, "max_grad_norm": 0.05},
+        {"parallel__axes__tensor": 2},
+    ),
     "replicated stages": (
         {**SGD, "accum_steps": 3},
         {"parallel__axes__replicate": 2, "dataloader__batch_size": 4, "parallel__pipeline_schedule": "ZBVZeroBubble"},
