@@ -11,6 +11,7 @@ import math
 import runpy
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -507,4 +508,5 @@ if __name__ == "__main__":
         globals()[name](*[parse(options)] if options else [])
         dist.barrier()
         print("passed", scenario, flush=True)
+        print(f"{time.process_time():.1f} s of CPU", flush=True)
     dist.destroy_process_group()

@@ -30,6 +30,7 @@ class ParallelContext:
         topology: see `ParallelTopology`.
         mesh: all seven axes, in the order of `AXES`; those that are not in use have size 1.
         context_offset: position in the whole sequence at which the part of this rank begins, in the batch at hand.
+        context_length: positions in this rank's part of the sequence, in the batch at hand.
         sequence_dim: the dimension of input and target along which sequences are cut; None until a plan says so.
 
     Note:
@@ -41,7 +42,7 @@ class ParallelContext:
         self.device_type = device_type
         shape = tuple(topology.degrees[axis] for axis in AXES)
         self.mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-        self.context_offset = 0
+        self.context_offset = self.context_length = 0
         self.sequence_dim: int | None = None
         self._taken: set[str] = set()
         self._flat: dict[str, DeviceMesh] = {}

@@ -411,7 +411,7 @@ class Pipelining(_Host):
             return super().infer_step(data)
         source, _, rows = self._read(data) if self.pipeline_has_first_stage else (None, None, None)
         output, plan = self._forward(source, rows)
-        return split_output(output, plan.rows) if self.pipeline_has_last_stage else []
+        return split_output(self.whole_output(output), plan.rows) if self.pipeline_has_last_stage else []
 
     def _forward(self, source: Any, rows: int | None) -> tuple[Any, Plan]:
         assert self.pipeline is not None

@@ -279,6 +279,16 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
 
         return shard_context(batch, self.parallel)
 
+    def unshard_context(self, output: Any) -> Any:
+        """Join the outputs for the parts of sequences, for inference."""
+        from .plans import unshard_context
+
+        return unshard_context(output, self.parallel)
+
+    def whole_output(self, output: Any) -> Any:
+        """The outputs for whole sequences."""
+        return self.unshard_context(output) if self.topology.degrees["context"] > 1 else output
+
     def bind_criterion(self) -> None:
         """Bind criterion, weights and metrics; under a context axis weights are those of this rank's part."""
         super().bind_criterion()

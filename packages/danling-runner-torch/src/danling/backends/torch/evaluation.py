@@ -267,7 +267,11 @@ class Evaluation(_Host):
         source, _ = split_batch(self.to_device(data))
         with self.forward_context():
             output = self.forward(self.evaluation_model, source)
-        return split_output(output, count_samples(source))
+        return split_output(self.whole_output(output), count_samples(source))
+
+    def whole_output(self, output: Any) -> Any:
+        """The output for all of a batch, where ranks compute parts of it; here it is that already."""
+        return output
 
     def _gather_entries(self, split: str, own: list[Any]) -> list[Any]:
         sampler = self.datasamplers.get(split)

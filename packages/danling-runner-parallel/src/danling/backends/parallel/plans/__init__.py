@@ -2,7 +2,7 @@
 
 from .collectives import Axis, copy_in, exchange, gather_parts, join, own_randomness, sum_out, take_part
 from .packing import PackedShard, packed_parameters, to_rank_order, to_usual_order
-from .sequence import apply_context_plan, shard_context
+from .sequence import apply_context_plan, shard_context, unshard_context
 from .tensor import apply_tensor_plan
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "take_part",
     "to_rank_order",
     "to_usual_order",
+    "unshard_context",
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from danling.runners.errors import ConfigError
 
 from . import attention
-from .collectives import Axis
+from .collectives import Axis, join
 from .modules import become
 from .tensor import forbid_fast_path
 
@@ -69,6 +70,11 @@ def _obstacles(names: Mapping[nn.Module, str], attentions: list[Any]) -> Iterato
         yield f"{some[True]} has batch_first and {some[False]} has not, so the sequence dimension is not known"
 
 
+def _like(container: Any, items: Any) -> Any:
+    """Items in a container of the same type."""
+    return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
+
+
 def shard_context(batch: Any, ctx: Any) -> Any:
     """Cut the sequence dimension of input and target to this rank's part and set `ctx.context_offset`.
 
@@ -93,10 +99,9 @@ def shard_context(batch: Any, ctx: Any) -> Any:
 
     def cut(value: Any, where: str) -> Any:
         if isinstance(value, Mapping):
-            return type(value)({key: cut(item, f"{where}.{key}") for key, item in value.items()})  # type: ignore[call-arg]
+            return _like(value, {key: cut(item, f"{where}.{key}") for key, item in value.items()})
         if isinstance(value, list | tuple):
-            items = [cut(item, f"{where}[{index}]") for index, item in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+            return _like(value, [cut(item, f"{where}[{index}]") for index, item in enumerate(value)])
         if hasattr(value, "concat") and hasattr(value, "mask"):
             raise ValueError(f"{where} is ragged, its sequences have no equal parts: pad them, or {OVERRIDE}")
         if not isinstance(value, Tensor):
@@ -124,5 +129,39 @@ def shard_context(batch: Any, ctx: Any) -> Any:
     else:
         result = cut(batch, "input")
     if lengths:
-        ctx.context_offset = rank * lengths[0]
+        ctx.context_offset, ctx.context_length = rank * lengths[0], lengths[0]
     return result
+
+
+@torch.no_grad()
+def unshard_context(output: Any, ctx: Any) -> Any:
+    """Put the outputs for this rank's part of the sequence together with those of the other ranks.
+
+    Each tensor is joined along its one dimension, beside that of the batch, that is as long as the part.
+
+    Args:
+        output: tensors in nested containers.
+        ctx: a `ParallelContext`, after `shard_context`.
+
+    Raises:
+        ValueError: no dimension, or more than one, is as long as the part.
+    """
+    axis = Axis.of(ctx, "context")
+    samples = 1 - (1 if ctx.sequence_dim is None else ctx.sequence_dim)
+
+    def joined(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _like(value, {key: joined(item) for key, item in value.items()})
+        if isinstance(value, list | tuple):
+            return _like(value, [joined(item) for item in value])
+        if not isinstance(value, Tensor):
+            return value
+        dims = [dim for dim, size in enumerate(value.shape) if size == ctx.context_length and dim != samples]
+        if len(dims) != 1:
+            raise ValueError(
+                f"an output of shape {tuple(value.shape)} has {len(dims)} dimensions of the {ctx.context_length} positions "
+                "that this rank holds, so it is not known how to join the parts; override unshard_context(output)"
+            )
+        return join(value, axis, dims[0])
+
+    return joined(output)

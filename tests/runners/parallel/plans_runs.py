@@ -1,0 +1,35 @@
+"""Runs of `layouts.py` whose model may be the docs' mixture of experts: `plans_runs.py scenarios.json`, on every rank.
+
+A run with `model: experts` uses that; the rest is as in `layouts.py`.
+"""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import layouts
+
+EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "experts.py"
+Plain, run_plain = layouts.Model, layouts.run
+
+
+class Sparse(runpy.run_path(str(EXAMPLE))["Language"]):
+    """The example's model, with the state that is no tensor of `layouts.Model`."""
+
+    def __init__(self, dropout: float = 0.0, norm: bool = False) -> None:
+        super().__init__(layouts.VOCABULARY, layouts.WIDTH, 2, 4, 12)
+        self.notes = "fresh"
+
+    get_extra_state, set_extra_state = Plain.get_extra_state, Plain.set_extra_state
+
+
+def run(root: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    layouts.Model = Sparse if overrides.pop("model", None) == "experts" else Plain
+    return run_plain(root, overrides)
+
+
+if __name__ == "__main__":
+    layouts.run = run
+    layouts.main()
