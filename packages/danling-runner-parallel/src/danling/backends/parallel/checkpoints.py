@@ -128,5 +128,3 @@ class Checkpoints(_Host):
 
 def _layout(degrees: Mapping[str, int]) -> str:
     return " × ".join(f"{axis}={degrees[axis]}" for axis in AXES if degrees[axis] > 1) or "one rank"
-
-

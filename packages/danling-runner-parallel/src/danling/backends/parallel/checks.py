@@ -14,6 +14,8 @@ from .averaging import live_state
 from .context import ParallelContext, local_tensor
 from .topology import AXES
 
+BROADCAST_BYTES = 250 * 2**20  # what is sent at once
+
 
 def materialize_meta(part: nn.Module, device: torch.device) -> nn.Module:
     """Bring a module to its device; one on the meta device is allocated and initialised there.
@@ -68,19 +70,24 @@ class Buffers:
 
     def __init__(self, parts: Sequence[nn.Module], ctx: ParallelContext) -> None:
         self.ctx = ctx
-        self.buffers = [buffer for part in parts for buffer in part.buffers()] if ctx.degree("loss") > 1 else []
-        self._versions = [buffer._version for buffer in self.buffers]
+        found = [module for part in parts for module in part.modules() if any(True for _ in module.buffers(False))]
+        self.modules = found if ctx.degree("loss") > 1 else []
+        self._seen = [_versions(module) for module in self.modules]
 
     def synchronise(self) -> None:
-        """Give all of them what the first has, of buffers that were written to since the last time."""
-        versions = [buffer._version for buffer in self.buffers]
-        if versions == self._versions:
+        """Give all ranks the buffers of the first, of modules that wrote to one of theirs since the last time."""
+        seen = [_versions(module) for module in self.modules]
+        if seen == self._seen:
             return
-        group = self.ctx.group("loss")
-        for buffer, now, before in zip(self.buffers, versions, self._versions, strict=True):
-            if now != before:
-                dist.broadcast(buffer, src=dist.get_global_rank(group, 0), group=group)
-        self._versions = [buffer._version for buffer in self.buffers]
+        changed = [module for module, now, before in zip(self.modules, seen, self._seen, strict=True) if now != before]
+        buffers = [local_tensor(buffer) for module in changed for buffer in module.buffers(False)]
+        dist._broadcast_coalesced(self.ctx.group("loss"), buffers, BROADCAST_BYTES, 0)
+        self._seen = [_versions(module) for module in self.modules]
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    # Not every kernel counts a write (that of batch normalisation does not), but some buffer of such a module is counted.
+    return [(id(buffer), buffer._version) for buffer in module.buffers(False)]
 
 
 def check_replicas(parts: Sequence[nn.Module], ctx: ParallelContext, when: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 
 from danling.backends.torch.data import build_dataloader, is_map_style
 from danling.backends.torch.infer import count_samples, split_output
+from danling.backends.torch.sharded import MEMBERS
 from danling.backends.torch.training import split_batch
 from danling.backends.torch.weights import weight_rule
 from danling.runners.errors import ConfigError
@@ -281,6 +283,43 @@ class Pipelining(_Host):
                 f"a batch is cut into microbatches by rows, but its input ({type(source).__name__}) has none"
             )
         return source, target, rows
+
+    # Optimizer
+
+    def applicable_rules(self, rules: Sequence[Any]) -> Sequence[Any]:
+        """The rules of `optim.param_groups`, without those that choose parameters of other stages only."""
+        if not self.is_pipelined or not rules:
+            return rules
+        own = [name for name, _ in self.iter_optimizer_named_parameters()]
+        shares = self.gather_objects(own)
+        everywhere = [name for rank in self.topology.domain("pipeline") for name in shares[rank]]
+        try:
+            chosen, chosen_here = (
+                {
+                    next((index for index, rule in enumerate(rules) if re.search(rule["pattern"], name)), None)
+                    for name in names
+                }
+                for names in (everywhere, own)
+            )
+        except (re.error, KeyError, TypeError):
+            return rules  # building the optimizer says what is wrong with them
+        return [rule for index, rule in enumerate(rules) if index in chosen_here or index not in chosen]
+
+    def build_optimizer(self) -> None:
+        """Build the optimizer unless one is bound; all stages have the same groups, some of them without members."""
+        super().build_optimizer()
+        if not self.is_pipelined or self.optimizer is None:
+            return
+        own = {group.get("name", index): group for index, group in enumerate(self.optimizer.param_groups)}
+        shares = self.gather_objects(
+            {key: {k: v for k, v in group.items() if k not in MEMBERS} for key, group in own.items()}
+        )
+        groups: dict[Any, dict[str, Any]] = {}
+        for rank in self.topology.domain("pipeline"):
+            for key, options in shares[rank].items():
+                names = {"param_names": []} if "param_names" in self.optimizer.param_groups[0] else {}
+                groups.setdefault(key, own.get(key) or {**options, "params": [], **names})
+        self.optimizer.param_groups[:] = groups.values()
 
     # Training
 
