@@ -317,7 +317,9 @@ class Pipelining(_Host):
         groups: dict[Any, dict[str, Any]] = {}
         for rank in self.topology.domain("pipeline"):
             for key, options in shares[rank].items():
-                names = {"param_names": []} if "param_names" in self.optimizer.param_groups[0] else {}
+                names: dict[str, list[str]] = (
+                    {"param_names": []} if "param_names" in self.optimizer.param_groups[0] else {}
+                )
                 groups.setdefault(key, own.get(key) or {**options, "params": [], **names})
         self.optimizer.param_groups[:] = groups.values()
 

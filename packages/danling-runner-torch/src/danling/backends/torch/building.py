@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -228,6 +228,7 @@ class Building(_Host):
         config = dict(self.config.optim)
         name, rules = config.pop("type", None), config.pop("param_groups", None)
         no_decay = config.pop("no_decay", False)
+        rules = self.applicable_rules(rules or ())
         if self.optimizer is None and name is not None:
             if rules or no_decay:
                 config |= {"param_groups": rules or (), "no_decay": no_decay}
@@ -235,6 +236,10 @@ class Building(_Host):
                 self.optimizer = OPTIMIZERS.build(name, list(self.iter_optimizer_named_parameters()), **config)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"optim: {error}") from error
+
+    def applicable_rules(self, rules: Sequence[Any]) -> Sequence[Any]:
+        """The rules of `optim.param_groups` that are about parameters on this rank."""
+        return rules
 
     def build_scheduler(self) -> None:
         """Build the scheduler named by `scheduler.type` unless one is bound; bind optimizer, scheduler and clipping."""

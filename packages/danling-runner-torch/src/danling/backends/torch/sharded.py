@@ -47,6 +47,9 @@ class ShardedFiles:
             write_file(directory / OPTIMIZER, merged)
 
 
+MEMBERS = frozenset({"params", "param_names"})  # what a group of an optimizer lists by name
+
+
 def merge_sides(sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Put together what several stages know of their parts of the optimizer and of the model.
 
@@ -61,14 +64,15 @@ def merge_sides(sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
         states = [side["optimizer"] for side in sides]
         groups = [{**group, "params": list(group["params"])} for group in states[0]["param_groups"]]
         for state in states[1:]:
-            free = list(groups)  # a stage has the groups of the configuration in order, less those without members
+            free = list(groups)  # stages have the same groups in the same order, some without members
             for group in state["param_groups"]:
                 same = next((known for known in free if _options(known) == _options(group)), None)
                 if same is None:
                     groups.append(dict(group))
                 else:
                     free = free[free.index(same) + 1 :]
-                    same["params"] = list(dict.fromkeys([*same["params"], *group["params"]]))
+                    for key in MEMBERS & same.keys():
+                        same[key] = list(dict.fromkeys([*same[key], *group[key]]))
         scalars = {name: value for state in states for name, value in state["scalars"].items()}
         merged["optimizer"] = {"param_groups": groups, "scalars": scalars}
     extras = {name: value for side in sides for name, value in side.get("extra", {}).items()}
@@ -76,7 +80,7 @@ def merge_sides(sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _options(group: Mapping[str, Any]) -> str:
-    return repr(sorted((key, value) for key, value in group.items() if key != "params"))
+    return repr(sorted((key, value) for key, value in group.items() if key not in MEMBERS))
 
 
 class Sharded(_Host):
@@ -210,10 +214,9 @@ class Sharded(_Host):
             if name in parameters:
                 values.setdefault(name, {}).update(scalars)
         groups = [
-            {**group, "params": [n for n in group["params"] if n in parameters]} for group in state["param_groups"]
+            {**group, **{key: [name for name in group[key] if name in parameters] for key in MEMBERS & group.keys()}}
+            for group in state["param_groups"]
         ]
-        if self.names_elsewhere(parameters):
-            groups = [group for group in groups if group["params"]]
         return {"state": values, "param_groups": groups}
 
 
