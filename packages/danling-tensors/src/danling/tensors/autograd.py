@@ -248,7 +248,8 @@ def packed_grad(x: Any, grad: Any) -> Tensor | None:
     Raises:
         ValueError: Another layout, or a dense tensor that has not `.shape`.
     """
-    from danling.tensors.nested_tensor import NestedTensor, to_packed, values_of
+    from danling.tensors.nested_tensor import NestedTensor, values_of
+    from danling.tensors.packing import to_packed
 
     if grad is None:
         return None

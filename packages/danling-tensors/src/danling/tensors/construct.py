@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 from danling.tensors.layout import Layout, Segments, int64_tensor
-from danling.tensors.nested_tensor import (
-    NestedTensor,
-    check_bool,
-    check_number,
-    pack_elements,
-    structure_of,
-    to_packed,
-    values_of,
-    wrap,
-)
+from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
+from danling.tensors.packing import check_bool, check_number, pack_elements, structure_of, to_packed
 
 # What is asked of every element: C functions, because thousands of elements are asked.
 _rank_of: Any = torch._C.TensorBase.dim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from itertools import accumulate
 from operator import itemgetter
@@ -10,8 +11,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 _INT64 = torch.int64
+
+
+class LengthsError(DataDependentOutputException):
+    """A call that needs the lengths themselves where they are not known: in a traced graph, or without data."""
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__(name or called())  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.func} needs the lengths of a NestedTensor, which are not known while a graph is traced; "
+            "call it outside of the compiled region (torch.compiler.disable) or write it on .concat"
+        )
+
+
+def called() -> str:
+    """Name of the torch function that is being served, for messages."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "__torch_function__" and "func" in frame.f_locals:
+            func = frame.f_locals["func"]
+            return getattr(func, "__name__", str(func))
+        frame = frame.f_back  # type: ignore[assignment]
+    return "the call"
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Check a condition when the traced graph runs; a `RuntimeError` there."""
+    torch._assert_async(condition, message)
+
+
+def is_traced(values: Tensor) -> bool:
+    """Whether a tensor is a tracer's own: fake, functional or otherwise without memory of its own."""
+    return type(values).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def int64_tensor(numbers: list[int]) -> Tensor:
@@ -35,6 +71,8 @@ class Segments:
     __slots__ = ("batch_size", "k", "rows", "max_sizes", "_sizes", "_offsets", "_table", "_hash", "_cache")
 
     max_sizes: tuple[int, ...]
+    symbolic = False
+    """Whether the lengths are unknown because a graph is being traced; see `danling.tensors.tracing`."""
 
     def __init__(self, sizes: Tensor | None, table: list[int] | None = None) -> None:
         # With one ragged dim the Python list alone is enough; tensors are made when asked for.
@@ -84,6 +122,8 @@ class Segments:
         """All sizes as one flat list, element by element."""
         if self._table is None:
             assert self._sizes is not None
+            if is_traced(self._sizes):
+                raise LengthsError
             self._table = self._sizes.flatten().tolist()
         return self._table
 
@@ -356,16 +396,21 @@ class Layout:
         except KeyError:
             value = self._derived[key] = build()
             return value
+        except TypeError:  # symbolic ints in the key: of one trace only
+            return build()
 
     def with_static(self, static_sizes: tuple[int, ...]) -> Layout:
         """Same lengths and number of dims, other static sizes."""
         if static_sizes == self.static_sizes:
             return self
-        found = self._derived.get(static_sizes)
-        if found is None:
+        try:
+            return self._derived[static_sizes]
+        except KeyError:
             found = Layout(self.segments, self.ragged_dims, static_sizes, self.batch_first)
             self._derived[static_sizes] = found
-        return found
+            return found
+        except TypeError:  # as in derive
+            return Layout(self.segments, self.ragged_dims, static_sizes, self.batch_first)
 
     def with_dims(self, ragged_dims: tuple[int, ...], static_sizes: tuple[int, ...]) -> Layout:
         """Same lengths, ragged dims elsewhere in the element."""

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from operator import itemgetter
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass as _PlainTensors
 
-from danling.tensors import kernels
 from danling.tensors.autograd import Autograd
 from danling.tensors.constructors import Constructors
-from danling.tensors.layout import Layout
+from danling.tensors.layout import Layout, is_traced
 from danling.tensors.ops.table import TABLE, call_with_out, resolve
+from danling.tensors.packing import (
+    check_bool,
+    check_index,
+    check_number,
+    make_mask,
+    pack_elements,
+    shape_element,
+    slice_element,
+    structure_of,
+    to_padded,
+)
 from danling.tensors.serialization import Serialization
 
 _Base: Any = torch._C.TensorBase
@@ -42,11 +52,6 @@ def wrap(values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:
     out._layout = layout
     out._flags = flags
     return out
-
-
-def is_traced(values: Tensor) -> bool:
-    """Whether a tensor is a tracer's own: fake, functional or otherwise without memory of its own."""
-    return type(values).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def join(values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:
@@ -122,144 +127,6 @@ def from_elements(
     ragged, static = structure_of(shapes, rank, ragged_dims)
     layout = Layout.from_shapes(shapes, ragged, rank, static, batch_first)
     return wrap(pack_elements(elements, layout), layout, flags)
-
-
-def structure_of(
-    shapes: Sequence[torch.Size], rank: int, ragged_dims: tuple[int, ...] | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ragged dims and static sizes of elements, inferred (`None`) or checked.
-
-    Raises:
-        ValueError: A static dim differs, or there is no element to tell the static sizes.
-    """
-    if not shapes:
-        if ragged_dims is not None and len(ragged_dims) < rank:
-            raise ValueError("an empty batch has no elements to take static sizes from")
-        return ragged_dims or (), ()
-    first = shapes[0]
-    if rank == 0:
-        return (), ()
-    head_only = ragged_dims is None or ragged_dims == (0,)
-    if head_only:
-        if all(len(set(map(itemgetter(d), shapes))) == 1 for d in range(1, rank)):
-            return (0,), tuple(first[1:])
-    varying = tuple(d for d in range(rank) if len({shape[d] for shape in shapes}) > 1)
-    if ragged_dims is None:
-        ragged_dims = varying
-    for d in varying:
-        if d not in ragged_dims:
-            i = next(i for i, shape in enumerate(shapes) if shape[d] != first[d])
-            raise ValueError(
-                f"element dim {d} is static (ragged_dims={ragged_dims}) but has size {first[d]} in element 0 "
-                f"and {shapes[i][d]} in element {i}"
-            )
-    return ragged_dims, tuple(first[d] for d in range(rank) if d not in ragged_dims)
-
-
-def pack_elements(elements: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Rows of all elements, one after another, `(R, *static)`."""
-    if layout.dense:
-        return torch.stack(list(elements))
-    if layout.ragged_dims == (0,):
-        return kernels.pack(elements)
-    static = layout.static_sizes
-    order = layout.permutation
-    rows = layout.segments.lengths
-    moved = [t.permute(order).reshape(n, *static) for t, n in zip(elements, rows)]
-    return kernels.pack(moved)
-
-
-def fill_tensor(value: Any, dtype: torch.dtype) -> Tensor:
-    """`value` as a one-element CPU tensor of `dtype`.
-
-    Raises:
-        ValueError: The dtype cannot hold the value.
-    """
-    key = (value, type(value), dtype)
-    found: Any = _fills.get(key)
-    if found is None:
-        try:
-            found = torch.tensor(value, dtype=dtype, device="cpu")
-            exact = found.dtype.is_complex or dtype.is_floating_point or found.item() == value
-            if dtype.is_floating_point and dtype.itemsize > 1:
-                exact = bool(found.isfinite()) or value in (float("inf"), float("-inf")) or value != value
-        except (RuntimeError, OverflowError, ValueError, TypeError):
-            exact = False
-        if not exact:
-            raise ValueError(f"padding_value {value!r} cannot be held by {dtype}; set nt.padding_value to one that can")
-        if len(_fills) < 1024:
-            _fills[key] = found
-    return found
-
-
-_fills: dict[Any, Tensor] = {}
-
-
-def to_padded(values: Tensor, layout: Layout, fill: Any) -> Tensor:
-    """Padded `(B, ...)` or `(e0, B, ...)` tensor of `layout.shape`, contiguous and freshly made."""
-    if layout.dense:
-        out = values
-    else:
-        segments = layout.segments
-        sizes = segments.on("sizes", values.device) if segments.k > 1 else None
-        offsets = segments.on("offsets", values.device)
-        out = kernels.pad(values, offsets, sizes, list(segments.max_sizes), fill_tensor(fill, values.dtype))
-    order = shape_order(layout)
-    if order is None:
-        return out.clone(memory_format=torch.contiguous_format) if out is values else out
-    return out.permute(order).clone(memory_format=torch.contiguous_format)
-
-
-def shape_order(layout: Layout) -> tuple[int, ...] | None:
-    """Permutation from `(B, *packed element order)` to `.shape`, `None` for the identity."""
-
-    def build() -> tuple[int, ...] | None:
-        inverse = [0] * layout.rank
-        for position, d in enumerate(layout.permutation):
-            inverse[d] = position + 1
-        order = (0, *inverse)
-        if not layout.batch_first and layout.rank:
-            order = (inverse[0], 0, *inverse[1:])
-        return None if order == tuple(range(layout.rank + 1)) else order
-
-    return layout.derive("order", build)
-
-
-def to_packed(padded: Tensor, layout: Layout) -> Tensor:
-    """Real values of a dense tensor of `layout.shape` (or with larger ragged extents)."""
-    order = shape_order(layout)
-    if order is not None:
-        inverse = [0] * len(order)
-        for position, source in enumerate(order):
-            inverse[source] = position
-        padded = padded.permute(inverse)
-    if layout.dense:
-        return padded.clone() if order is None else padded.contiguous()
-    segments = layout.segments
-    sizes = segments.on("sizes", padded.device) if segments.k > 1 else None
-    return kernels.unpad(padded, segments.on("offsets", padded.device), sizes, segments.rows)
-
-
-def slice_element(values: Tensor, layout: Layout, i: int) -> Tensor:
-    """Element `i` as a view of `values`."""
-    segments = layout.segments
-    if layout.dense:
-        return values[i]
-    bounds = segments.bounds
-    return shape_element(values.narrow(0, bounds[i], bounds[i + 1] - bounds[i]), layout, i)
-
-
-def shape_element(rows: Tensor, layout: Layout, i: int) -> Tensor:
-    """Rows of element `i` in its own shape and dim order."""
-    if layout.ragged_dims == (0,):
-        return rows
-    k = layout.segments.k
-    sizes = layout.segments.table[i * k : (i + 1) * k]
-    out = rows.unflatten(0, sizes) if k > 1 else rows
-    inverse = [0] * layout.rank
-    for position, d in enumerate(layout.permutation):
-        inverse[d] = position
-    return out.permute(inverse) if inverse != list(range(layout.rank)) else out
 
 
 class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type: ignore[override]
@@ -472,7 +339,8 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
         """
         if len(self._layout.ragged_dims) != 1:
             raise ValueError(f"lengths needs exactly one ragged dim, got ragged_dims={self._layout.ragged_dims}")
-        return self._layout.segments.on("lengths", self._values.device).clone()
+        with tracer_of(self._values):
+            return told(self, self._layout.segments.on("lengths", self._values.device).clone())
 
     @property
     def occupancy(self) -> float:
@@ -559,12 +427,14 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
     @property
     def tensor(self) -> Tensor:
         """Padded dense tensor of `.shape`, made afresh on each read; differentiable."""
-        return to_padded(values_of(self), self._layout, self._flags[0])
+        with tracer_of(self._values):
+            return told(self, to_padded(values_of(self), self._layout, self._flags[0]))
 
     @property
     def mask(self) -> Tensor:
         """bool, `not mask_value` where data is; batch and element dims up to the last ragged one."""
-        return make_mask(self._layout, self._values.device, self._flags[1])
+        with tracer_of(self._values):
+            return told(self, make_mask(self._layout, self._values.device, self._flags[1]))
 
     @property
     def tensor_mask(self) -> tuple[Tensor, Tensor]:
@@ -701,9 +571,21 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
     to_dense = to_mkldnn = sparse_mask = sparse_resize_ = _refuse_kind
 
 
-def asked_by_torch() -> bool:
+def asked_by_torch(depth: int = 2) -> bool:
     """Whether the caller of the caller is torch's own tracing machinery, which describes tensors by their storage."""
-    return sys._getframe(2).f_globals.get("__name__", "").startswith("torch._")
+    return sys._getframe(depth).f_globals.get("__name__", "").startswith("torch._")
+
+
+def tracer_of(values: Tensor) -> Any:
+    """The fake mode of a fake tensor: torch.compile reads properties of NestedTensors while its own is off."""
+    return getattr(values, "fake_mode", None) or nullcontext()
+
+
+def told(x: NestedTensor, out: Tensor) -> Tensor:
+    """`out`, a property of `x`; where torch.compile makes it an input of a graph, with its sizes marked as dynamic."""
+    if asked_by_torch(3):
+        out._dynamo_propagated_dynamic_indices = {d for d in x._dynamo_propagated_dynamic_indices if d < out.dim()}  # type: ignore[attr-defined]
+    return out
 
 
 def for_guard() -> bool:
@@ -713,55 +595,6 @@ def for_guard() -> bool:
 
 def _indent(text: str) -> str:
     return "\n".join("  " + line for line in text.splitlines())
-
-
-def check_bool(name: str, value: Any) -> bool:
-    """`value` if it is a bool, else `TypeError`."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-    return value
-
-
-def check_number(name: str, value: Any) -> Any:
-    """`value` if it is a number, else `TypeError`."""
-    if not isinstance(value, (int, float, complex)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return value
-
-
-def check_index(index: int, size: int, what: str = "element") -> int:
-    """A non-negative index below `size`, else `IndexError`."""
-    if not -size <= index < size:
-        raise IndexError(f"{what} index {index} is out of range for a batch of {size}")
-    return index + size if index < 0 else index
-
-
-def make_mask(layout: Layout, device: torch.device, mask_value: bool) -> Tensor:
-    """bool mask of the batch and the element dims up to the last ragged one."""
-    segments = layout.segments
-    batch = segments.batch_size
-    if layout.dense:
-        return torch.full((batch,), not mask_value, device=device)
-    last = layout.ragged_dims[-1]
-    rank = last + 1
-    shape = [1] * rank
-    mask: Tensor | None = None
-    sizes = segments.on("sizes", device)
-    for j, d in enumerate(layout.ragged_dims):
-        view = list(shape)
-        view[d] = segments.max_sizes[j]
-        inside = torch.arange(view[d], device=device) < sizes[:, j, None]
-        inside = inside.view(batch, *view)
-        mask = inside if mask is None else mask & inside
-    assert mask is not None
-    full = [segments.max_sizes[layout.ragged_dims.index(d)] if d in layout.ragged_dims else 0 for d in range(rank)]
-    for d in range(rank):
-        if d not in layout.ragged_dims:
-            full[d] = layout.static_sizes[layout.static_dims.index(d)]
-    mask = mask.expand(batch, *full)
-    if not layout.batch_first:
-        mask = mask.transpose(0, 1)
-    return mask.logical_not() if mask_value else mask.clone(memory_format=torch.contiguous_format)
 
 
 _aten = torch.ops.aten

@@ -17,14 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danling.tensors.layout import Layout, Segments
-from danling.tensors.nested_tensor import Flags, NestedTensor, _Read, is_traced, values_of, wrap
+from danling.tensors.layout import Layout, LengthsError, Segments, is_traced, require
+from danling.tensors.nested_tensor import Flags, NestedTensor, _Read, values_of, wrap
 
 _INT64 = torch.int64
-
-
-class LengthsError(RuntimeError):
-    """A call that needs the lengths themselves while a graph is traced, where they are not known."""
 
 
 class TracedSegments(Segments):
@@ -58,7 +54,7 @@ class TracedSegments(Segments):
         return self._cache["source"]
 
     @property
-    def symbolic(self) -> bool:
+    def symbolic(self) -> bool:  # type: ignore[override]
         """Whether the lengths are unknown because a graph is being traced."""
         return is_traced(self.source)
 
@@ -86,10 +82,7 @@ class TracedSegments(Segments):
         """
         if self._table is None:
             if self.symbolic:
-                raise LengthsError(
-                    "this op reads the lengths of a NestedTensor, which are not known while a graph is traced; "
-                    "call it outside of the compiled region (torch.compiler.disable), or write it on .concat"
-                )
+                raise LengthsError
             self._table = self.sizes.flatten().tolist()
         return self._table
 
@@ -127,7 +120,7 @@ class TracedSegments(Segments):
         same = (mine == theirs).all()
         if self.k > 1:
             same = same & (self.on("sizes", mine.device) == other.on("sizes", mine.device)).all()
-        torch._assert_async(same, "NestedTensors combined in compiled code have different lengths")
+        require(same, "NestedTensors combined in compiled code have different lengths")
         return True
 
     def __hash__(self) -> int:
@@ -139,8 +132,52 @@ class TracedSegments(Segments):
 
 def uniform(batch_size: Any, length: Any, device: torch.device) -> TracedSegments:
     """Segments of equal length, of symbolic ints."""
-    offsets = torch.arange(batch_size + 1, device=device) * length
-    return TracedSegments(offsets, None, batch_size, batch_size * length, (length,))
+    out = TracedSegments(
+        torch.arange(batch_size + 1, device=device) * length, None, batch_size, batch_size * length, (length,)
+    )
+    out._cache["uniform"] = True
+    return out
+
+
+def listed(lengths: list[Any], device: torch.device) -> TracedSegments:
+    """Segments of one ragged dim, from symbolic ints."""
+    total, bounds, longest = 0, [0], 0
+    for n in lengths:
+        total = total + n
+        bounds.append(total)
+        longest = torch.sym_max(longest, n)
+    offsets = torch.stack([torch.full((), n, dtype=_INT64, device=device) for n in bounds])
+    return TracedSegments(offsets, None, len(lengths), total, (longest,))
+
+
+def one_after_another(parts: list[Segments], device: torch.device) -> TracedSegments:
+    """The elements of all parts, part after part."""
+    offsets, rows, batch, longest = [parts[0].on("offsets", device)], parts[0].rows, parts[0].batch_size, parts[0]
+    top = longest.max_sizes[0]
+    if any(p.k != 1 for p in parts):
+        raise LengthsError
+    for p in parts[1:]:
+        offsets.append(p.on("offsets", device)[1:] + rows)
+        rows, batch, top = rows + p.rows, batch + p.batch_size, torch.sym_max(top, p.max_sizes[0])
+    return TracedSegments(torch.cat(offsets), None, batch, rows, (top,))
+
+
+def added(parts: list[Segments], device: torch.device) -> TracedSegments:
+    """Element by element the sum of the lengths of all parts, of which at most one may vary."""
+    if any(p.k != 1 for p in parts) or sum("uniform" not in p._cache for p in parts) > 1:
+        raise LengthsError
+    offsets = sum(p.on("offsets", device) for p in parts)
+    longest = sum(p.max_sizes[0] for p in parts)
+    return TracedSegments(offsets, None, parts[0].batch_size, sum(p.rows for p in parts), (longest,))  # type: ignore[arg-type]
+
+
+def segments_of(offsets: Tensor) -> Segments:
+    """The segments of real offsets, with all their index maps where they have been in use already."""
+    found = getattr(offsets, "_danling_segments", None)
+    if found is None:
+        sizes = (offsets[1:] - offsets[:-1]).cpu()[:, None]
+        found = offsets._danling_segments = Segments(sizes)  # type: ignore[attr-defined]
+    return found
 
 
 def bare(values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:
@@ -198,6 +235,8 @@ def flatten(x: NestedTensor) -> tuple[list[str], Any]:
     k = len(layout.ragged_dims)
     for tensor in (x._packed, x._row_offsets) if k else (x._packed,):
         tensor._dynamo_propagated_dynamic_indices = {0}  # type: ignore[attr-defined]
+    if k and not is_traced(x._row_offsets):
+        x._row_offsets._danling_segments = layout.segments  # type: ignore[attr-defined]
     names = ["_packed", "_row_offsets", "_row_sizes"] if k > 1 else ["_packed", "_row_offsets"] if k else ["_packed"]
     return Inner(names), (layout.ragged_dims, layout.batch_first, fill, type(fill), flags[1])
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danling.tensors.layout import Layout, Segments, int64_tensor
+from danling.tensors.layout import Layout, LengthsError, Segments, int64_tensor, is_traced
 from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
 from danling.tensors.ops.base import named_error
 from danling.tensors.ops.table import register
@@ -35,10 +35,16 @@ def scaled_dot_product_attention(
     q, k, v = (as_rows(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
     check_batch(q, k, v)
     q_rows, k_rows, v_rows = values_of(q), values_of(k), values_of(v)
-    mask = mask_reader(attn_mask, q, k) if attn_mask is not None else None
-    out = attend(
-        q_rows, k_rows, v_rows, q._layout.segments, k._layout.segments, mask, dropout_p, is_causal, scale, enable_gqa
-    )
+    settings = dropout_p, is_causal, scale, enable_gqa
+    lengths_q, lengths_k = q._layout.segments, k._layout.segments
+    if lengths_q.symbolic or lengths_k.symbolic:
+        from danling.tensors.ops.opaque import attention
+
+        whole = None if attn_mask is None else dense_mask(attn_mask, q._layout, k._layout)
+        out = attention(q_rows, k_rows, v_rows, lengths_q, lengths_k, whole, *settings)
+    else:
+        mask = mask_reader(attn_mask, q, k) if attn_mask is not None else None
+        out = attend(q_rows, k_rows, v_rows, lengths_q, lengths_k, mask, *settings)
     if not isinstance(query, NestedTensor):
         dense = out.reshape(query.shape[0], query.shape[-2], *out.shape[1:])
         return dense.movedim(1, -2)
@@ -63,11 +69,19 @@ def as_rows(x: Any, name: str) -> NestedTensor:
         if layout.ragged_dims:
             return x
         x = values_of(x)
-    sizes = int64_tensor([x.shape[-2]] * x.shape[0]).view(-1, 1)
     rank = x.dim() - 1
     static = (*x.shape[1:-2], x.shape[-1])
-    layout = Layout(Segments(sizes), (rank - 2,), static)
+    layout = Layout(equal_lengths(x, x.shape[0], x.shape[-2]), (rank - 2,), static)
     return wrap(x.movedim(-2, 1).reshape(layout.rows, *static), layout, (0.0, False))
+
+
+def equal_lengths(x: Tensor, batch: int, length: int) -> Segments:
+    """Segments of a dense batch."""
+    if is_traced(x):
+        from danling.tensors.tracing import uniform
+
+        return uniform(batch, length, x.device)
+    return Segments(int64_tensor([length] * batch).view(-1, 1))
 
 
 def check_batch(q: NestedTensor, k: NestedTensor, v: NestedTensor) -> None:
@@ -98,11 +112,28 @@ def mask_reader(mask: Any, q: NestedTensor, k: NestedTensor) -> Reader:
             return torch.stack([parts[i] for i in members])
 
         return read_nested
+    whole = dense_mask(mask, lq, lk)
+    return dense_reader(whole, whole.dim() - 1)
+
+
+def dense_mask(mask: Any, lq: Layout, lk: Layout) -> Tensor:
+    """A dense mask with all dims of `(B, *heads, Lq, Lk)`.
+
+    Raises:
+        ValueError: It does not broadcast to that.
+        LengthsError: It is a NestedTensor in a traced graph.
+    """
+    if isinstance(mask, NestedTensor):
+        raise LengthsError("a NestedTensor as attn_mask")
     wanted = (lq.batch_size, *lq.static_sizes[:-1], lq.max_sizes[0], lk.max_sizes[0])
     shape = (1,) * (len(wanted) - mask.dim()) + tuple(mask.shape)
     if len(shape) != len(wanted) or any(a not in (1, b) for a, b in zip(shape, wanted)):
         raise ValueError(f"attn_mask of shape {tuple(mask.shape)} does not broadcast to {wanted}")
-    whole = mask.reshape(shape)
+    return mask.reshape(shape)
+
+
+def dense_reader(whole: Tensor, rank: int) -> Reader:
+    """Read a mask of `rank + 1` dims that broadcasts to `(B, *heads, Lq, Lk)`."""
 
     def read(members: list[int], n: int, m: int) -> Tensor:
         part = whole

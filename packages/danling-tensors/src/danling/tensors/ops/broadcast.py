@@ -9,7 +9,8 @@ from torch import Tensor
 
 from danling.tensors import kernels
 from danling.tensors.layout import Layout, Segments
-from danling.tensors.nested_tensor import NestedTensor, to_packed, values_of
+from danling.tensors.nested_tensor import NestedTensor, values_of
+from danling.tensors.packing import to_packed
 
 Operand = Any
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from danling.tensors.layout import Layout, Segments
+from danling.tensors.layout import Layout, LengthsError, Segments, called, require
 
 
 class Groups(NamedTuple):
@@ -54,6 +54,10 @@ class Groups(NamedTuple):
     def first_empty(self) -> int | None:
         """The first group without rows, `None` when every group has some."""
 
+        if self.owner.symbolic:
+            require((self.offsets.diff() > 0).all(), f"{called()}: an element is empty, and there is no identity")
+            return None
+
         def build() -> int | None:
             found = (self.offsets.diff() == 0).nonzero()
             return int(found[0]) if len(found) else None
@@ -72,7 +76,23 @@ class Groups(NamedTuple):
 def group_rows(layout: Layout, batch: bool, ragged: tuple[int, ...]) -> Groups:
     """Group the rows of `layout` that a reduction over the batch and some ragged dims (by number) brings together."""
     segments = layout.segments
-    return segments.memo(("group", batch, ragged), lambda: _group(segments, batch, ragged))
+    build = _traced_group if segments.symbolic else _group
+    return segments.memo(("group", batch, ragged), lambda: build(segments, batch, ragged))
+
+
+def _traced_group(segments: Segments, batch: bool, ragged: tuple[int, ...]) -> Groups:
+    """`_group` in a graph: one ragged dim, whose rows come together by element or by position."""
+    offsets = segments.on("offsets", segments.offsets.device)
+    element, row = (segments.on(name, offsets.device) for name in ("element", "row"))
+    key = (batch, ragged)
+    if ragged == (0,) and not batch and segments.k == 1:
+        return Groups(None, offsets, segments.batch_size, None, (segments.batch_size,), row, segments, key)
+    if ragged or segments.k != 1:
+        raise LengthsError
+    longest = segments.max_sizes[0]
+    order = torch.argsort(row, stable=True)
+    bounds = torch.searchsorted(row.index_select(0, order), torch.arange(longest + 1, device=offsets.device))
+    return Groups(order, bounds, longest, None, (longest,), element, segments, key)
 
 
 def _group(segments: Segments, batch: bool, ragged: tuple[int, ...]) -> Groups:

@@ -8,21 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danling.tensors.layout import Layout, Segments
-from danling.tensors.nested_tensor import (
-    NestedTensor,
-    check_index,
-    rebind,
-    slice_element,
-    to_packed,
-    values_of,
-    wrap,
-)
+from danling.tensors.layout import Layout, LengthsError, Segments, require
+from danling.tensors.nested_tensor import NestedTensor, rebind, values_of, wrap
 from danling.tensors.ops.base import at_element, like, names, tensor_of
 from danling.tensors.ops.broadcast import align
 from danling.tensors.ops.rows import coords, flat_position, flat_values, owner, positions, remap_ragged, take_elements
 from danling.tensors.ops.shape import drop_dim, fixed_ragged, insert_dim
 from danling.tensors.ops.table import register
+from danling.tensors.packing import check_index, slice_element, to_packed
 
 
 def read(x: NestedTensor, index: Any) -> Any:
@@ -150,10 +143,12 @@ def _step(x: NestedTensor, d: int, i: Any) -> Any:
 def _ragged_step(x: NestedTensor, d: int, i: Any) -> Any:
     layout = x._layout
     j = layout.ragged_dims.index(d)
+    if isinstance(i, slice) and i == slice(None):
+        return x
+    if layout.segments.symbolic and isinstance(i, (int, list, tuple)) and not isinstance(i, bool):
+        return _traced_positions(x, d, i)
     column = layout.segments.sizes[:, j]
     if isinstance(i, slice):
-        if i == slice(None):
-            return x
         step = 1 if i.step is None else int(i.step)
         if step <= 0:
             raise ValueError("step must be greater than zero")
@@ -194,6 +189,19 @@ def _ragged_step(x: NestedTensor, d: int, i: Any) -> Any:
     if isinstance(out, NestedTensor):
         return out.unflatten(out._layout.shape_dim(d), picks.shape)
     return out.unflatten(d + 1, picks.shape)
+
+
+def _traced_positions(x: NestedTensor, d: int, i: Any) -> Tensor:
+    """`x[:, i]` in a graph: whether every element has the positions shows when it runs."""
+    layout, values = x._layout, values_of(x)
+    segments, picks = layout.segments, [i] if isinstance(i, int) else list(i)
+    if segments.k != 1 or not all(isinstance(p, int) for p in picks):
+        raise LengthsError
+    start, size = segments.on("offsets", values.device)[:-1], segments.on("lengths", values.device)
+    at = torch.stack([size + p if p < 0 else torch.full_like(size, p) for p in picks], 1)
+    require(((at >= 0) & (at < size[:, None])).all(), f"index {i} is out of range for an element")
+    out = values.index_select(0, (start[:, None] + at).flatten()).unflatten(0, (segments.batch_size, len(picks)))
+    return out.squeeze(1) if isinstance(i, int) else out.movedim(1, d + 1)
 
 
 def _bound(value: Any, column: Tensor, default: int | None) -> Tensor:
@@ -381,7 +389,7 @@ def write_elements(x: NestedTensor, chosen: Sequence[int], parts: Sequence[Any])
         return
     elements = [new[i].to(kind) if i in new else e for i, e in enumerate(x.unbind())]
     shapes = [e.shape for e in elements]
-    from danling.tensors.nested_tensor import pack_elements
+    from danling.tensors.packing import pack_elements
 
     target = Layout.from_shapes(shapes, layout.ragged_dims, layout.rank, layout.static_sizes, layout.batch_first)
     rebind(x, pack_elements(elements, target), target)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from danling.tensors.layout import Layout, Segments
-from danling.tensors.nested_tensor import NestedTensor, to_packed, values_of, wrap
+from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
 from danling.tensors.ops.base import first_nested, like, names
 from danling.tensors.ops.rows import take_elements
 from danling.tensors.ops.shape import insert_dim
 from danling.tensors.ops.table import register
+from danling.tensors.packing import to_packed
 
 
 def _sequence(args: tuple[Any, ...]) -> list[Any]:
@@ -65,7 +66,13 @@ def _cat_batch(first: NestedTensor, tensors: Sequence[Tensor]) -> NestedTensor:
                 if a != b:
                     raise ValueError(f"cat: static element dim {d} has size {a} in one operand and {b} in another")
     parts = [_with_ragged(t, ragged) for t in known]
-    segments = Segments(torch.cat([p._layout.segments.sizes for p in parts]))
+    every = [p._layout.segments for p in parts]
+    if any(s.symbolic for s in every):
+        from danling.tensors.tracing import one_after_another
+
+        segments: Segments = one_after_another(every, parts[0]._values.device)
+    else:
+        segments = Segments(torch.cat([s.sizes for s in every]))
     values = torch.cat([values_of(p) for p in parts])
     return like(first, values, parts[0]._layout.replace(segments=segments, batch_first=layout.batch_first))
 
@@ -110,10 +117,16 @@ def _cat_ragged(first: NestedTensor, tensors: Sequence[Tensor], d: int) -> Neste
             wrong = (own.segments.sizes[:, others] != head.segments.sizes[:, others]).any(1)
             if bool(wrong.any()):
                 raise ValueError(f"cat: element {int(wrong.nonzero()[0])} differs in another ragged dim")
-    sizes = head.segments.sizes.clone()
-    for p in parts[1:]:
-        sizes[:, j] += p._layout.segments.sizes[:, j]
-    new = Segments(sizes)
+    every = [p._layout.segments for p in parts]
+    if any(s.symbolic for s in every):
+        from danling.tensors.tracing import added
+
+        new: Segments = added(every, parts[0]._values.device)
+    else:
+        sizes = head.segments.sizes.clone()
+        for s in every[1:]:
+            sizes[:, j] += s.sizes[:, j]
+        new = Segments(sizes)
     values = torch.cat([values_of(p) for p in parts])
     device = values.device
     element = new.on("element", device)
@@ -136,6 +149,12 @@ def _cat_ragged(first: NestedTensor, tensors: Sequence[Tensor], d: int) -> Neste
 def _dense_rows(t: Tensor, layout: Layout, d: int, first: NestedTensor) -> NestedTensor:
     """A dense `(B, ..., K, ...)` operand: K more rows in every element."""
     t = t.movedim(layout.batch_dim, 0)
+    if layout.segments.symbolic and layout.segments.k == 1:
+        from danling.tensors.tracing import uniform
+
+        static = tuple(t.shape[e + 1] for e in layout.static_dims)
+        same = Layout(uniform(t.shape[0], t.shape[d + 1], t.device), layout.ragged_dims, static, True)
+        return wrap(to_packed(t, same), same.replace(batch_first=layout.batch_first), first._flags)
     sizes = layout.sizes[:, list(layout.ragged_dims)].clone()
     sizes[:, layout.ragged_dims.index(d)] = t.shape[d + 1]
     own = Layout(Segments(sizes), layout.ragged_dims, tuple(t.shape[e + 1] for e in layout.static_dims), True)

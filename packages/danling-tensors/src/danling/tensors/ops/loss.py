@@ -16,10 +16,11 @@ from torch import Tensor
 
 from danling.tensors import kernels
 from danling.tensors.layout import Layout
-from danling.tensors.nested_tensor import NestedTensor, to_packed, values_of, wrap
+from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
 from danling.tensors.ops.base import first_nested, names
 from danling.tensors.ops.broadcast import align, expand_dense
 from danling.tensors.ops.table import register
+from danling.tensors.packing import to_packed
 
 # Which operands of a loss must have one structure, and which may be of lower rank.
 _SAME: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danling.tensors.layout import Layout, Segments, int64_tensor
+from danling.tensors.layout import Layout, LengthsError, Segments
 from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
-from danling.tensors.ops.attention import Reader, attend, check_batch, mask_reader
+from danling.tensors.ops.attention import Reader, attend, check_batch, equal_lengths, mask_reader
 from danling.tensors.ops.table import register
 
 
@@ -75,12 +75,19 @@ def multi_head_attention_forward(
         # The columns of bias_k and of zeros are seen by every query.
         top_q, top_k = q._layout.max_sizes[0], k._layout.max_sizes[0]
         attn_mask, is_causal = torch.ones(top_q, top_k, dtype=torch.bool, device=rows_q.device).triu(1), False
-    mask = _mask(attn_mask, key_padding_mask, q, k, num_heads, rows_q.dtype)
     dropout_p = dropout_p if training else 0.0
     lengths_q, lengths_k = q._layout.segments, k._layout.segments
+    symbolic = lengths_q.symbolic or lengths_k.symbolic
+    if symbolic and need_weights:
+        raise LengthsError("attention with need_weights=True")
+    mask: Any = (_dense_masks if symbolic else _mask)(attn_mask, key_padding_mask, q, k, num_heads, rows_q.dtype)
     weights_out = None
     if need_weights:
         out, weights_out = _with_weights(q, k, rows_q, rows_k, rows_v, mask, dropout_p, extra, average_attn_weights)
+    elif symbolic:
+        from danling.tensors.ops.opaque import attention
+
+        out = attention(rows_q, rows_k, rows_v, lengths_q, lengths_k, mask, dropout_p, is_causal, extra=extra)
     else:
         out = attend(rows_q, rows_k, rows_v, lengths_q, lengths_k, mask, dropout_p, is_causal, extra=extra)
     out = F.linear(out.flatten(-2), out_proj_weight, out_proj_bias)
@@ -101,7 +108,7 @@ def sequences(x: Any, name: str) -> NestedTensor:
         if x.dim() != 3:
             raise ValueError(f"{name} must be (L, B, E), got {tuple(x.shape)}")
         length, batch, width = x.shape
-        layout = Layout(Segments(int64_tensor([length] * batch).view(-1, 1)), (0,), (width,), False)
+        layout = Layout(equal_lengths(x, batch, length), (0,), (width,), False)
         return wrap(x.transpose(0, 1).reshape(batch * length, width), layout, (0.0, False))
     layout = x._layout
     if layout.rank != 2 or layout.ragged_dims not in ((0,), ()):
@@ -153,19 +160,45 @@ def _additive(mask: Any, dtype: torch.dtype) -> Any:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
 
 
+def _dense_masks(attn: Any, padding: Any, q: NestedTensor, k: NestedTensor, heads: int, dtype: Any) -> Tensor | None:
+    """Both masks as one dense additive mask, for a traced graph."""
+    if isinstance(attn, NestedTensor) or isinstance(padding, NestedTensor):
+        raise LengthsError("a NestedTensor as attention mask")
+    parts = []
+    if attn is not None:
+        attn = _checked(attn, q, k, heads)
+        parts.append(_additive(attn if attn.dim() == 4 else attn[None, None], dtype))
+    if padding is not None:
+        parts.append(_additive(_checked_padding(padding, k), dtype)[:, None, None])
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _checked(attn: Tensor, q: NestedTensor, k: NestedTensor, heads: int) -> Tensor:
+    lq, lk = q._layout, k._layout
+    full = (lq.batch_size * heads, lq.max_sizes[0], lk.max_sizes[0])
+    if attn.dim() == 3:
+        if tuple(attn.shape) != full:
+            raise RuntimeError(f"The shape of the 3D attn_mask is {tuple(attn.shape)}, but should be {full}.")
+        return attn.unflatten(0, (lq.batch_size, heads))
+    if tuple(attn.shape) != full[1:]:
+        raise RuntimeError(f"The shape of the 2D attn_mask is {tuple(attn.shape)}, but should be {full[1:]}.")
+    return attn
+
+
+def _checked_padding(padding: Tensor, k: NestedTensor) -> Tensor:
+    wanted = (k._layout.batch_size, k._layout.max_sizes[0])
+    if tuple(padding.shape) != wanted:
+        raise RuntimeError(f"expecting key_padding_mask shape of {wanted}, but got {tuple(padding.shape)}")
+    return padding
+
+
 def _mask(attn: Any, padding: Any, q: NestedTensor, k: NestedTensor, heads: int, dtype: torch.dtype) -> Reader | None:
     readers: list[Reader] = []
-    lq, lk = q._layout, k._layout
+    lq = q._layout
     wide = wrap(values_of(q)[:, None].detach(), lq.with_dims((1,), (heads, 1)), q._flags)
     if attn is not None:
         if not isinstance(attn, NestedTensor):
-            full = (lq.batch_size * heads, lq.max_sizes[0], lk.max_sizes[0])
-            if attn.dim() == 3:
-                if tuple(attn.shape) != full:
-                    raise RuntimeError(f"The shape of the 3D attn_mask is {tuple(attn.shape)}, but should be {full}.")
-                attn = attn.unflatten(0, (lq.batch_size, heads))
-            elif tuple(attn.shape) != full[1:]:
-                raise RuntimeError(f"The shape of the 2D attn_mask is {tuple(attn.shape)}, but should be {full[1:]}.")
+            attn = _checked(attn, q, k, heads)
         whole = mask_reader(_additive(attn, dtype), wide, k)
 
         def read_attn(members: list[int], n: int, m: int) -> Tensor:
@@ -178,10 +211,7 @@ def _mask(attn: Any, padding: Any, q: NestedTensor, k: NestedTensor, heads: int,
             parts = _additive(padding, dtype).unbind()
             readers.append(lambda members, n, m: torch.stack([parts[i] for i in members])[:, None, None])
         else:
-            wanted = (lk.batch_size, lk.max_sizes[0])
-            if tuple(padding.shape) != wanted:
-                raise RuntimeError(f"expecting key_padding_mask shape of {wanted}, but got {tuple(padding.shape)}")
-            hidden = _additive(padding, dtype)
+            hidden = _additive(_checked_padding(padding, k), dtype)
             readers.append(lambda members, n, m: hidden[members[0] : members[-1] + 1, None, None, :m])
     if not readers:
         return None

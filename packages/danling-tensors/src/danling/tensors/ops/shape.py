@@ -39,7 +39,7 @@ def drop_dim(layout: Layout, d: int) -> Layout:
 
 def _ints(args: tuple[Any, ...]) -> list[int]:
     items = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple, torch.Size)) else args
-    return [int(i) for i in items]
+    return [i if isinstance(i, torch.SymInt) else int(i) for i in items]
 
 
 # Views.
@@ -81,7 +81,8 @@ def view_as_target(x: NestedTensor, target: list[int], name: str) -> Any:
         known = math.prod(r for r in rest if r != -1)
         if -1 not in rest and known == numel:
             return values_of(x).reshape(layout.rows, *rest)
-    if target and -1 not in target and target[0] != 1 and layout.batch_size and layout.numel:
+    symbolic = layout.segments.symbolic
+    if target and -1 not in target and target[0] != 1 and not symbolic and layout.batch_size and layout.numel:
         wanted = math.prod(target)
         if all(n * numel == wanted for n in layout.segments.lengths):
             flat = flat_values(x).reshape(layout.batch_size, *target)
