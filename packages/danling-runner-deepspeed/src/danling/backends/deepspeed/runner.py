@@ -229,7 +229,7 @@ class DeepSpeedRunner(TorchRunner):
 
     def share_buffers(self) -> None:
         """Give every rank the buffers of rank 0; the engine does so for parameters alone."""
-        for dtype in {buffer.dtype for buffer in self._shared_buffers}:
+        for dtype in dict.fromkeys(buffer.dtype for buffer in self._shared_buffers):  # in one order on all ranks
             buffers = [buffer for buffer in self._shared_buffers if buffer.dtype == dtype]
             flat = torch.cat([buffer.detach().flatten() for buffer in buffers])
             dist.broadcast(flat, src=0)
