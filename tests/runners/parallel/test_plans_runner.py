@@ -23,13 +23,22 @@ ADAMW = {
 SGD = {"optim__type": "sgd", "optim__lr": 0.1, "optim__momentum": 0.9, "accum_steps": 3, "max_grad_norm": 0.05}
 
 
-def start(folder: Path, nproc: int, scenarios: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Run scenarios on ranks; what each rank found, by scenario."""
+Scenarios = dict[str, list[dict[str, Any]]]
+
+
+def start(folder: Path, nproc: int, scenarios: Scenarios, crash: str | None = None) -> list[dict[str, Any]]:
+    """Run scenarios on ranks; what each rank found, by scenario. With `crash`, one rank is killed there, and nothing is."""
     folder.mkdir(exist_ok=True)
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
     tests = str(Path(__file__).parents[2])
     env = {"PYTHONPATH": os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    run_ranks(SCRIPT, nproc, [str(folder / "scenarios.json")], env=env, timeout=200)
+    if crash is not None:
+        env["DANLING_CRASH_AT"] = crash
+    arguments = [str(folder / "scenarios.json")]
+    ranks = run_ranks(SCRIPT, nproc, arguments, env=env, timeout=200, check=crash is None)
+    if crash is not None:
+        assert ranks[int(crash.partition("@")[2][0])].returncode == 137, ranks[0].output
+        return []
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(nproc)]
 
 
@@ -78,3 +87,76 @@ def test_each_axis_alone(tmp_path, one):
     ranks = start(tmp_path, 2, {name: [run] for name, run in runs.items()})
     for name in runs:
         compare([rank[name] for rank in ranks], one[name.split(", ")[0]], name)
+
+
+@pytest.mark.slow
+def test_two_axes_at_once(tmp_path, one):
+    runs = {
+        "adamw, shard × tensor": over(ADAMW, shard=2, tensor=2),
+        "sgd, replicate × tensor": over(SGD, 4, replicate=2, tensor=2),
+        "sgd, replicate × context": over(SGD, 4, replicate=2, context=2),
+        "adamw, context × tensor": over(ADAMW, context=2, tensor=2),
+        "experts, shard × expert": over(ADAMW | EXPERTS, shard=2, expert=2),
+        "experts, expert × expert_tensor": over(ADAMW | EXPERTS, expert=2, expert_tensor=2),
+    }
+    ranks = start(tmp_path, 4, {name: [run] for name, run in runs.items()})
+    for name in runs:
+        compare([rank[name] for rank in ranks], one[name.split(", ")[0]], name)
+
+
+LIVELY = {
+    **ADAMW,
+    "language": {"dropout": 0.2},
+    "accum_steps": 2,
+    "scheduler__type": "cosine",
+    "checkpoint__interval": 3,
+}
+KILLED = {
+    "tensor": (2, over(LIVELY, 4, tensor=2), "step.end@1:8"),
+    "context": (2, over(LIVELY, 4, context=2), "save.manifest@0:3"),
+    "expert": (2, over(LIVELY | EXPERTS, 4, expert=2), "save.file@1:4"),
+    "shard and tensor": (4, over(LIVELY, 4, shard=2, tensor=2), "step.end@3:8"),
+}
+
+
+@pytest.mark.parametrize(
+    "axes", ["tensor", *(pytest.param(axes, marks=pytest.mark.slow) for axes in KILLED if axes != "tensor")]
+)
+def test_killed_and_resumed_is_never_killed(tmp_path, axes):
+    nproc, run, crash = KILLED[axes]
+    straight = start(tmp_path / "straight", nproc, {"run": [run]})
+    start(tmp_path / "killed", nproc, {"run": [run]}, crash)
+    resumed = start(tmp_path / "killed", nproc, {"run": [{**run, "auto_resume": True}]})
+    for one, other in zip(straight, resumed, strict=True):
+        one, other = one["run"], other["run"]
+        for key in ("weights", "average", "results", "best", "state", "entries", "rate"):
+            assert one[key] == other[key], key
+        assert 0 < len(other["norms"]) < len(one["norms"])
+        assert other["norms"] == one["norms"][-len(other["norms"]) :]
+
+
+@pytest.mark.slow
+def test_what_one_layout_saved_another_loads(tmp_path):
+    """Weights go anywhere, under the names and shapes of the unsplit model; whole states where the layout allows it."""
+    half = {**ADAMW, "stop": 10}
+    split, whole = over(half, tensor=2), {**half, "stack": "torch", "dataloader__batch_size": 12}
+    saved = start(tmp_path / "saved", 2, {"split": [split], "parts": [over(half, context=2)]})[0]
+    one = start(tmp_path / "one", 1, {"whole": [whole]})[0]["whole"]
+    assert flat(saved["split"]["weights"]) == pytest.approx(flat(one["weights"]), rel=1e-9, abs=1e-11)
+    still = {"optim__lr": 0.0, "optim__weight_decay": 0.0, "ema__enabled": False, "steps": 1}
+    taken = {"pretrained": f"{saved['split']['dir']}/checkpoints/latest", **still}
+    here = start(tmp_path / "here", 1, {"whole": [whole | taken]})[0]["whole"]
+    assert here["weights"] == saved["split"]["average"]
+    there = {"pretrained": f"{one['dir']}/checkpoints/latest", **still}
+    resumed = {"resume": f"{saved['split']['dir']}/checkpoints/latest"}
+    runs = {
+        "taken": [split | there],
+        "refused": [over(ADAMW, context=2) | resumed | {"fails": True}],
+        "resharded": [over(ADAMW, shard=2) | {"resume": f"{saved['parts']['dir']}/checkpoints/latest"}],
+        "straight": [over(ADAMW, shard=2)],
+    }
+    found = start(tmp_path / "there", 2, runs)[0]
+    assert found["taken"]["weights"] == one["average"]
+    assert found["refused"]["error"] == "ResumeError" and "tensor=2" in found["refused"]["text"]
+    assert "pretrained" in found["refused"]["text"]
+    assert flat(found["resharded"]["weights"]) == pytest.approx(flat(found["straight"]["weights"]), rel=1e-9, abs=1e-11)
