@@ -84,6 +84,15 @@ def transformer(dropout: float) -> nn.Module:
 MODELS = {"sequential": sequential, "named": Named, "transformer": transformer}
 
 
+class Noisy(Points):
+    """Input and target both depend on one random draw: whoever reads them apart must draw the same."""
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        flip = bool(torch.rand(()) < 0.5)
+        x, target, place = super().__getitem__(index)
+        return (-x, (target + 1) % 3, place) if flip else (x, target, place)
+
+
 class Staged(Runner):
     def __init__(self, config: Any, options: dict[str, Any]) -> None:
         super().__init__(config)
@@ -91,7 +100,7 @@ class Staged(Runner):
         self.model = MODELS[options.get("x_model", "sequential")](options.get("x_dropout", 0.0)).double()
         self.set_seed()
         self.criterion = nn.CrossEntropyLoss(ignore_index=-1, reduction=options.get("x_reduction", "mean"))
-        self.datasets.train = Points(options.get("x_count", 49))
+        self.datasets.train = (Noisy if options.get("x_noisy") else Points)(options.get("x_count", 49))
         self.datasets.val = Points(21, seed=1)
         for dataset in self.datasets.values():
             dataset.inputs = dataset.inputs.double()
@@ -99,9 +108,12 @@ class Staged(Runner):
         self.metrics = multiclass_metrics(num_classes=3, ignore_index=-1) if options.get("x_metrics") else None
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.seen: list[Any] = []
         self.on("step", lambda runner, event: self.norms.append(float(self.grad_norm or 0)))
 
     def train_step(self, data: Any) -> tuple[Any, Any]:
+        if isinstance(self.datasets.train, Noisy) and isinstance(data, list):
+            self.seen.append([data[0].tolist(), data[1].tolist()])
         prediction, loss = super().train_step(data)
         if loss is not None:
             self.losses.append(loss.item())
@@ -123,6 +135,7 @@ def run(overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
             "state": {k: v for k, v in runner.train_state.state_dict().items() if k != "positions"},
             "losses": runner.losses,
             "norms": runner.norms,
+            "seen": runner.seen,
             "entries": [entry.tolist() for entry in entries],
             "own": len(own),
             "last": getattr(runner, "pipeline_has_last_stage", True),

@@ -128,10 +128,20 @@ def test_four_ranks_equal_one_process(tmp_path):
         compare(one[index], [rank[index] for rank in four], what)
 
 
+def test_first_and_last_stage_augment_alike(tmp_path):
+    noisy = {**COMMON, **SGD, **PIPELINE, "x_noisy": True, "x_dropout": 0.1, "epochs": 2}
+    ranks = start(tmp_path / "two", 2, [noisy, {**noisy, "dataloader__num_workers": 1}])
+    for first, last in zip(*ranks, strict=True):
+        assert first["seen"] == last["seen"] and len(first["seen"]) == 14
+        assert first["seen"][0] != first["seen"][7]
+    assert ranks[0][0]["seen"] == ranks[0][1]["seen"]  # in the process, or in a worker
+
+
 LIVELY = {
     **ADAMW,
     "optim__no_decay": True,
     "optim__param_groups": [{"pattern": "^12[.]", "lr_mult": 0.1}],
+    "x_noisy": True,
     **PIPELINE,
     "x_dropout": 0.2,
     "x_metrics": True,

@@ -228,6 +228,7 @@ def build_dataloader(
     device: torch.device | str = "cpu",
     ranks: int = 1,
     train: bool = False,
+    shared: bool = False,
 ) -> SplitLoader:
     """Return the loader of a split; no worker starts before the first iteration.
 
@@ -242,6 +243,7 @@ def build_dataloader(
         device: where batches go; an accelerator makes page-locked memory the default.
         ranks: number of data ranks.
         train: whether this is a train split, for the default of `drop_last` of iterable data.
+        shared: other processes read the same batches: random augmentation of map-style data is the same in all.
 
     Raises:
         ConfigError: for data that is neither map-style nor iterable, or that cannot be divided over the ranks.
@@ -262,7 +264,7 @@ def build_dataloader(
     if batch_size is not None:
         arguments["collate_fn"] = collate_fn
     if sampler is not None:
-        data = SeededDataset(dataset, seed, split, rank) if workers else dataset
+        data = SeededDataset(dataset, seed, split, rank, in_process=shared) if workers or shared else dataset
         arguments |= {"batch_sampler": sampler} if batch_size is not None else {"batch_size": None, "sampler": sampler}
     elif hasattr(dataset, "__iter__") and not is_map_style(dataset):
         data = shard_iterable(dataset, split, option("shard", "auto"), seed=seed, rank=rank, ranks=ranks)

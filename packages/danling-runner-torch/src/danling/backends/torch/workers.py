@@ -8,13 +8,15 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
+
+from .rng import capture_rng, restore_rng
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
@@ -58,11 +60,13 @@ class SeededDataset(Dataset):
 
     The seed depends on (seed, split, epoch, rank, position of the batch in the epoch): random augmentation is the same
     after a resume in the middle of an epoch and with any number of workers. In the main process, whose generators a
-    checkpoint holds, nothing is seeded. All attributes are those of the dataset inside.
+    checkpoint holds, nothing is seeded, unless several processes read the same batches (`in_process`): then its
+    generators are put back afterwards. All attributes are those of the dataset inside.
     """
 
-    def __init__(self, dataset: Any, seed: int, split: str, rank: int) -> None:
+    def __init__(self, dataset: Any, seed: int, split: str, rank: int, *, in_process: bool = False) -> None:
         self.dataset = dataset
+        self._in_process = in_process
         self._key = (seed, split)
         self._rank = rank
 
@@ -70,22 +74,40 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        self._seed(index)
-        return self.dataset[index]
+        with self._seeded(index):
+            return self.dataset[index]
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
-        self._seed(indices)
-        fetch = getattr(self.dataset, "__getitems__", None)
-        return fetch(list(indices)) if fetch else [self.dataset[index] for index in indices]
+        with self._seeded(indices):
+            fetch = getattr(self.dataset, "__getitems__", None)
+            return fetch(list(indices)) if fetch else [self.dataset[index] for index in indices]
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def _seed(self, place: Any) -> None:
-        if get_worker_info() is not None and hasattr(place, "position"):
-            seed_everything(derive_seed(*self._key, place.epoch, self._rank, place.position))
+    def _seeded(self, place: Any) -> AbstractContextManager:
+        in_worker = get_worker_info() is not None
+        if not (in_worker or self._in_process) or not hasattr(place, "position"):
+            return _AS_IT_IS
+        seed = derive_seed(*self._key, place.epoch, self._rank, place.position)
+        return _seeded(seed, put_back=not in_worker)
+
+
+@contextmanager
+def _seeded(seed: int, *, put_back: bool) -> Iterator[None]:
+    host = torch.device("cpu")
+    state = capture_rng(host) if put_back else None
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        if state is not None:
+            restore_rng(state, host)
+
+
+_AS_IT_IS = nullcontext()
 
 
 def start_worker(worker: int, *, parent: int) -> None:
