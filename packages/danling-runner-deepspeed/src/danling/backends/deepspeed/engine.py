@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
+from torch.nn import functional
 
 from danling.runners.errors import ConfigError
 
@@ -90,6 +91,12 @@ def announce_local_rank(local_rank: int) -> Callable[[], None]:
             os.environ["LOCAL_RANK"] = before
 
     return undo
+
+
+def remember_functions() -> Callable[[], None]:
+    """Return a function that puts back the functions of torch that engines of ZeRO 3 replace."""
+    before = {name: getattr(functional, name) for name in ("linear", "embedding")}
+    return lambda: vars(functional).update(before)
 
 
 def destroy_groups() -> None:

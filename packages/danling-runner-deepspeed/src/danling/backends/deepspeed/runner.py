@@ -21,7 +21,15 @@ from danling.runners.persistence import COMPONENTS, RECORDED
 from danling.runners.state import RunnerMode
 
 from .casting import SHORT, to_dtype, to_float32
-from .engine import accelerator, announce_local_rank, check_mapping, destroy_groups, is_pipeline, start_engine
+from .engine import (
+    accelerator,
+    announce_local_rank,
+    check_mapping,
+    destroy_groups,
+    is_pipeline,
+    remember_functions,
+    start_engine,
+)
 from .files import ENGINE_KEYS, TAG, EngineFiles, find_foreign, read_common, read_engine_weights, zero_stage
 from .gathering import gathered, whole_state
 from .quiet import quiet_steps
@@ -160,6 +168,7 @@ class DeepSpeedRunner(TorchRunner):
 
         model = self.model
         self._closing("quiet", quiet_steps())
+        self._closing("functions", remember_functions())
         self.engine = start_engine(model, self.optimizer, self.settings.engine)
         self._closing("engine", self._destroy_engine)
         attach(self.engine)
@@ -379,7 +388,7 @@ class DeepSpeedRunner(TorchRunner):
     def read_weights(self, src: Any) -> dict[str, Tensor]:
         """The weights in a source, under the names of a plain module."""
         if (files := find_foreign(src)) is not None:
-            return strip_prefixes(read_engine_weights(files.folder))
+            return dict(strip_prefixes(read_engine_weights(files.folder)))
         return super().read_weights(src)
 
     @staticmethod
@@ -393,7 +402,7 @@ class DeepSpeedRunner(TorchRunner):
         directory = Path(directory)
         if (directory / MODEL).exists() or (ema and (directory / EMA).exists()):
             return read_weights(directory, ema=ema)
-        return strip_prefixes(read_engine_weights(directory / TAG))
+        return dict(strip_prefixes(read_engine_weights(directory / TAG)))
 
     @classmethod
     def export_checkpoint(cls, source: Any, path: Any, *, dtype: Any = None, ema: bool = True) -> None:
