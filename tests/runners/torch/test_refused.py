@@ -11,7 +11,7 @@ BEFORE_ANY_FILE = [
     ({"parallel__axes__shard": 2}, StackError, ["parallel.axes.shard", "parallel"]),
     ({"stack": "nope"}, StackError, ["'nope'", "torch", "parallel"]),
     ({"fsdp__enabled": True, "stack": "torch"}, ConfigError, ["fsdp.enabled: True", "'torch'"]),
-    ({"ft__enabled": True, "stack": "torch"}, ConfigError, ["ft.enabled: True", "'torch'"]),
+    ({"ft__enabled": True, "stack": "accelerate"}, ConfigError, ["ft.enabled: True", "'accelerate'"]),
     ({"deepspeed": {"a": 1}, "stack": "torch"}, ConfigError, ["deepspeed", "'torch'"]),
     ({"epochs": 0}, ConfigError, ["epochs: 0"]),
     ({"optin": {"lr": 1}}, ConfigError, ["optin", "'optim'"]),

@@ -170,7 +170,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, 
         config = self.config
         trains = config.steps is not None or config.epochs is not None
         continues = config.auto_resume or config.checkpoint.load_only or self._lies_inside(config.resume)
-        if trains and not continues and self.workspace.has_checkpoints():
+        if trains and not continues and not config.ft.enabled and self.workspace.has_checkpoints():
             aside = self.workspace.set_aside()
             self.logger.info("an earlier run was set aside: %s (auto_resume continues a run instead)", aside)
 

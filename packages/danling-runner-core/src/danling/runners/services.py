@@ -49,7 +49,8 @@ class Services(_Host):
                 logger=self.logger,
             )
         )
-        self._store.repair()
+        if not self.config.ft.enabled:  # another replica group may be in the middle of a save
+            self._store.repair()
 
     def set_checkpoint_manager(self, store: CheckpointStore) -> None:
         """Use another store; the one before is closed."""

@@ -44,6 +44,11 @@ class Surface(_Host):
         return self.rank
 
     @property
+    def replica_groups(self) -> int:
+        """Groups of processes that train the same model, each with a launcher of its own."""
+        return self.config.ft.group_size if self.config.ft.enabled else 1
+
+    @property
     def loss_degree(self) -> int:
         """Ranks whose losses are averaged: those that read different data, or parts of the same samples."""
         return self.data_degree

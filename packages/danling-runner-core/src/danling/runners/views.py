@@ -134,7 +134,7 @@ class StateViews(_Host):
     def batch_size_equivalent(self) -> int | None:
         """Samples behind one update: batch × data ranks × accum_steps."""
         size = self.batch_size
-        return None if size is None else size * self.data_degree * self.accum_steps
+        return None if size is None else size * self.data_degree * self.replica_groups * self.accum_steps
 
 
 class ResultViews(_Host):

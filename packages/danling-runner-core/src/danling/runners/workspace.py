@@ -40,6 +40,7 @@ class Workspace:
         git: state of the code, None without git.
         timestamp: UTC start of the attempt; None is now.
         checkpoint_dir_name: relative to the run directory.
+        part: a folder in the run directory for everything but checkpoints; replica groups share those.
 
     Examples:
         >>> workspace = Workspace("experiments", "lin", "exp", config_id="0ff59a7a0b77")
@@ -58,6 +59,7 @@ class Workspace:
         git: GitState | None = None,
         timestamp: str | None = None,
         checkpoint_dir_name: str = "checkpoints",
+        part: str | None = None,
     ) -> None:
         self.root = Path(root).expanduser()
         self.lineage = lineage
@@ -67,6 +69,7 @@ class Workspace:
         self.git = git
         self.timestamp = timestamp or new_timestamp()
         self.checkpoint_dir_name = checkpoint_dir_name
+        self.part = part
         self._lock = RunLock(self.dir)
 
     @classmethod
@@ -89,6 +92,7 @@ class Workspace:
             git=git_state(source_directory(source)) if source is not None else None,
             timestamp=timestamp,
             checkpoint_dir_name=config.checkpoint.dir_name,
+            part=f"replica-{config.ft.replica_id}" if config.ft.enabled and config.ft.replica_id else None,
         )
 
     # ----------------------------------------------------------------- ids
@@ -143,13 +147,17 @@ class Workspace:
 
     @property
     def dir(self) -> Path:
-        """The run directory."""
+        """The run directory, or the part of it that is this process's."""
+        return self._base / (self.part or "")
+
+    @property
+    def _base(self) -> Path:
         return self.root / self.lineage / self.experiment / f"{self.name}-{self.config_id}"
 
     @property
     def checkpoint_dir(self) -> Path:
         """Where checkpoints are."""
-        return self.dir / self.checkpoint_dir_name
+        return self._base / self.checkpoint_dir_name
 
     @property
     def log_file(self) -> Path:

@@ -59,9 +59,9 @@ class Building(_Host):
                 self.datasamplers.get(split),
                 self.collate_fn,
                 seed=self.rng_state.seed,
-                rank=self.data_rank,
+                rank=self.data_share(split in train)[0],
                 device=self.device,
-                ranks=self.data_degree,
+                ranks=self.data_share(split in train)[1],
                 train=split in train,
             )
 
@@ -82,8 +82,8 @@ class Building(_Host):
             shuffle=shuffle,
             drop_last=train if drop_last is None else drop_last,
             batch_size=options.get("batch_size"),
-            data_rank=self.data_rank,
-            data_ranks=self.data_degree,
+            data_rank=self.data_share(train)[0],
+            data_ranks=self.data_share(train)[1],
             train=train,
         )
 

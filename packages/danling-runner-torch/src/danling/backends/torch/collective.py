@@ -79,5 +79,6 @@ class Header:
                 slot.copy_(value) if isinstance(value, torch.Tensor) else slot.fill_(value)
         else:
             self.values.copy_(torch.tensor(values, dtype=torch.float64))
-        dist.all_reduce(self.values, group=self.group)
+        if dist.is_initialized():
+            dist.all_reduce(self.values, group=self.group)
         return self.values

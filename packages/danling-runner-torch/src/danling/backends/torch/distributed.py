@@ -96,6 +96,7 @@ class Distributed(_Host):
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         if self.world_size == 1:
+            self._control, self._header = None, Header(_HEADER_SIZE)  # of one rank, for a replica group of one process
             super().init_distributed()
             return
         self._make_group()

@@ -45,6 +45,7 @@ class Feed:
         self.accum_steps = runner.accum_steps
         self.window = runner.window
         self.exhausted = self.interrupted = False
+        self._meets = runner.distributed or runner.ft is not None  # whether others train on the same window
         self._weigh = runner.weigh
         self._state = runner.train_state
         self._position = self._state.positions.setdefault(split, {"samples": 0})
@@ -92,10 +93,10 @@ class Feed:
             batches = []
         if self._first or self.interrupted:
             self._first = False
-            if not self.runner.distributed and (self.interrupted or self.runner.supervisor.stop):
+            if not self._meets and (self.interrupted or self.runner.supervisor.stop):
                 self._interrupt()
                 return None
-        if self.runner.distributed:
+        if self._meets:
             return self._agree(batches)
         self._rng = None
         if not batches:
@@ -169,7 +170,7 @@ class Feed:
         if weights:
             self._sums = weights[0] is None
         first = self._rng is not None
-        header = runner.exchange_header(
+        header = runner.window_header(
             weight=0.0 if self._sums else float(sum(map(_number, weights))),
             samples=samples,
             tokens=int(_number(tokens)),
@@ -204,7 +205,7 @@ class Feed:
             batches,
             [None if sums else weight for weight in weights],
             total=None if sums else header.weight,
-            degree=runner.loss_degree,
+            degree=runner.loss_degree if runner.ft is None else runner.loss_degree * runner.ft.participants,
             fillers=real,
         )
         window.samples, window.tokens = header.samples, header.tokens

@@ -14,13 +14,14 @@ from .building import Building
 from .distributed import Distributed
 from .evaluation import Evaluation
 from .export import export_checkpoint
+from .ft import Replicas
 from .restoring import Restoring
 from .training import MUTED, Training
 from .window import Window
 from .workers import stop_workers
 
 
-class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRunner):
+class TorchRunner(Replicas, Training, Evaluation, Building, Restoring, Distributed, BaseRunner):
     """The engine of plain PyTorch.
 
     One process runs on the accelerator of its rank, or on the CPU; several, under `torchrun`, train one model with
@@ -29,7 +30,7 @@ class TorchRunner(Training, Evaluation, Building, Restoring, Distributed, BaseRu
 
     stack: ClassVar[str | None] = "torch"
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
-    features: ClassVar[frozenset[str]] = frozenset({"dcp"})
+    features: ClassVar[frozenset[str]] = frozenset({"dcp", "ft"})
     export_checkpoint = staticmethod(export_checkpoint)
 
     @staticmethod

@@ -200,6 +200,8 @@ class Training(_Host):
             raise RuntimeError(
                 "there is no optimizer: set optim.type, assign self.optimizer, or override optimizer_step"
             )
+        if self.ft is not None and not self.commits():
+            return False
         stepped, self.grad_norm = self.updater.step()
         if not stepped:
             return False

@@ -86,15 +86,22 @@ def saves_while_training(place: Place) -> dict[str, Any]:
 
     from .task import Task
 
+    class Later:
+        """Writes what `capture` gave, after a while."""
+
+        def __init__(self, write: Any) -> None:
+            self.write = write
+
+        def __call__(self, directory: Path) -> Any:
+            time.sleep(0.03)
+            return self.write(directory)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.write, name)
+
     class Slow(Task):
-        def capture(self) -> Callable[[Path], Any]:
-            write = super().capture()
-
-            def later(directory: Path) -> Any:
-                time.sleep(0.03)
-                return write(directory)
-
-            return later
+        def capture(self) -> Any:
+            return Later(super().capture())
 
     options = {"steps": 6, "evaluate_splits": [], "checkpoint__interval": "1 steps"}
     with Slow(place.config(**options)) as runner:
@@ -300,6 +307,7 @@ def sign(checkpoint: Path) -> None:
 @scenario
 def hostile(place: Place) -> dict[str, Any]:
     """Each kind of binary file in a checkpoint replaced by one that runs code, with a manifest that vouches for it."""
+    import io
     import pickle
     import shutil
 
@@ -326,10 +334,10 @@ def hostile(place: Place) -> dict[str, Any]:
                     shutil.copytree(newest, copy)
                     for file in files:
                         target = copy / file.relative_to(newest)
-                        if form == "zip":
-                            torch.save({"0.weight": Attack(str(owned))}, target)
-                        else:
-                            target.write_bytes(pickle.dumps({"0.weight": Attack(str(owned))}))
+                        buffer = io.BytesIO()
+                        save = torch.save if form == "zip" else pickle.dump
+                        save({"0.weight": Attack(str(owned))}, buffer)
+                        target.write_bytes(buffer.getvalue())
                     sign(copy)
 
                 errors[f"{kind}, {form}"] = on_each_rank(

@@ -42,7 +42,7 @@ def story(runner: Any) -> dict[str, Any]:
 
     return {
         "weights": weights(runner),
-        "average": {name: value.clone() for name, value in runner.export_state(ema=True).items()},
+        "average": weights(runner, ema=True),
         "batches": dict(runner.batches),
         "results": runner.results.rows(),
         "best": runner.best_index,

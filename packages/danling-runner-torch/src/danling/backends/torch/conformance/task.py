@@ -124,13 +124,16 @@ def share_batches(data: Sequences, counts: Sequence[int], size: int = 3) -> list
     return shares
 
 
-def weights(runner: Any) -> dict[str, Tensor]:
-    """A copy of all weights under the names of the user's module; every rank calls it."""
+def weights(runner: Any, ema: bool = False) -> dict[str, Tensor]:
+    """A copy of all weights under the names of the user's module; every rank calls it.
+
+    Where an engine puts them together on one rank alone, the others get those.
+    """
     state = {}
-    for name, value in runner.export_state(ema=False).items():
+    for name, value in runner.export_state(ema=ema).items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         state[name] = value.detach().cpu().clone()
-    return state
+    return state if all(runner.gather_objects(bool(state))) else runner.broadcast_object(state)
 
 
 def task_config(settings: Settings, folder: Path | str, **values: Any) -> dict[str, Any]:

@@ -1,0 +1,539 @@
+"""Replica groups that may come and go: a manager of TorchFT, and what a window, a save and a return mean with it.
+
+Every replica group is a run of its own launcher with a `WORLD_SIZE` of its own. Before each window the groups that are healthy
+form a quorum; the window is weighed over all of them, gradients are averaged within a group and then across groups, and an
+update is applied only where the group votes to commit it. A window that is refused is run again, with the groups that are left.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from danling.runners.errors import ConfigError
+
+from .payload import load_model_state, load_optimizer_state
+from .positions import Positions
+from .window import Window
+
+if TYPE_CHECKING:
+    from .distributed import WindowHeader
+
+LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
+MAX_REFUSALS = 10
+SHARED_COUNTERS = (
+    "global_step", "micro_step", "epoch", "phase", "samples", "tokens", "skipped", "skipped_in_a_row", "row",
+    "epoch_ended", "evaluated_step",
+)  # fmt: skip
+
+
+def require_torchft() -> None:
+    """Refuse, before anything is built, what replica groups cannot do without.
+
+    Raises:
+        ImportError: TorchFT is not installed.
+        RuntimeError: no lighthouse is named.
+    """
+    if importlib.util.find_spec("torchft") is None:
+        raise ImportError("ft.enabled needs TorchFT: pip install torchft-nightly", name="torchft")
+    if not os.environ.get(LIGHTHOUSE):
+        raise RuntimeError(
+            f"ft.enabled needs a lighthouse: start one (torchft_lighthouse --min_replicas 1 --bind [::]:29510) and set "
+            f"{LIGHTHOUSE} to its address (http://host:29510) for every replica group"
+        )
+
+
+class FaultTolerance:
+    """The manager of this replica group, and the group of the ranks that share a place in all replica groups.
+
+    Args:
+        runner: whose `ft` section is in force.
+
+    Attributes:
+        manager: of TorchFT.
+        group: the managed process group: its collectives never raise, an error makes the window be refused.
+        positions: where this group is in its share of the data, on disk.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        from torchft import Manager, ProcessGroupGloo
+        from torchft.process_group import ManagedProcessGroup, ProcessGroupNCCL
+
+        options = runner.config.ft
+        self.runner, self.options = runner, options
+        self.timeout = timedelta(milliseconds=options.process_group_timeout_ms)
+        host, port = self._open_store()
+        kind = ProcessGroupNCCL if options.process_group == "nccl" else ProcessGroupGloo
+        self._transport_group = kind(timeout=self.timeout)
+        self.manager = Manager(
+            pg=self._transport_group,
+            load_state_dict=self._heal,
+            state_dict=self._state,
+            min_replica_size=options.min_replica_size,
+            use_async_quorum=False,  # a group that was behind is healed before it computes anything
+            timeout=self.timeout,
+            quorum_timeout=self.timeout,
+            connect_timeout=self.timeout,
+            rank=runner.rank,
+            world_size=runner.world_size,
+            store_addr=host,
+            store_port=port,
+            hostname=host,
+            replica_id=f"{runner.name}_{options.replica_id:05d}",
+        )
+        self.group = ManagedProcessGroup(self.manager)
+        checkpoint = runner.config.checkpoint
+        self.positions: Positions | None = None
+        if checkpoint.enable_ft_dataloader_checkpoints:
+            replica = checkpoint.ft_replica_id or os.environ.get("FT_REPLICA_ID") or str(options.replica_id)
+            folder = Path(runner.checkpoint_dir) / f"{checkpoint.ft_dataloader_checkpoint_prefix}-{replica}"
+            self.positions = Positions(folder, runner.rank)
+        self._joined = False
+        self._formed = False  # whether there is a quorum that no window has used
+        self._healed = False  # whether this group has taken the state of another one since it was last asked
+        self._refusals = 0
+
+    def _open_store(self) -> tuple[str, int]:
+        """A store for the manager of this group alone, so that a restarted group finds nothing of the one before."""
+        runner = self.runner
+        host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        self._store: Any = None
+        if runner.is_main_process:
+            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self.timeout)
+        address: tuple[str, int] = runner.broadcast_object(
+            (host, self._store.port) if self._store is not None else None
+        )
+        return address
+
+    # What the groups are
+
+    @property
+    def replica_id(self) -> int:
+        """Number of this group."""
+        return self.options.replica_id
+
+    @property
+    def group_size(self) -> int:
+        """Groups that the data is dealt to, present or not."""
+        return self.options.group_size
+
+    @property
+    def participants(self) -> int:
+        """Groups in the quorum."""
+        return self.manager.num_participants()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this group writes the checkpoints: it is the first of the quorum."""
+        return self.manager.participating_rank() == 0
+
+    # Quorum
+
+    def join(self) -> None:
+        """Form the first quorum: groups become equal, whatever their seeds, and a returning one catches up.
+
+        Raises:
+            RuntimeError: there were not enough healthy groups until the time-out.
+        """
+        if self._joined:
+            return
+        self._joined = True
+        state = self.runner.train_state
+        self.manager.load_state_dict({"step": state.global_step + state.skipped, "batches_committed": 0})
+        seconds = self.runner.config.comm.init_timeout_seconds
+        epoch, positions = state.epoch, state.positions
+        self._form_quorum(max(self.timeout, timedelta(seconds=seconds or 0)))
+        self._formed = True
+        if self._healed:
+            self._healed = False
+            self._find_position(epoch, positions)
+        elif self.leads:
+            self.runner.checkpoint_manager.repair()  # no group was ahead: nobody is in the middle of a save
+
+    def _form_quorum(self, timeout: timedelta) -> None:
+        """Wait until enough groups are healthy, and take the state of one that is ahead."""
+        deadline = time.monotonic() + timeout.total_seconds()
+        manager, least = self.manager, self.options.min_replica_size
+        while True:
+            cause: BaseException | None = None
+            left = max(0.1, deadline - time.monotonic())
+            try:
+                manager.start_quorum(timeout=timedelta(seconds=left))
+                found = manager.num_participants()
+                failed = manager.errored()
+                if failed is None and found >= least:
+                    return
+                cause = failed
+            except (TimeoutError, RuntimeError) as error:
+                found, cause = 0, error
+                manager._quorum_future = None  # its error has been seen; the next quorum would raise it again
+            if time.monotonic() >= deadline or left <= 0.1:
+                raise RuntimeError(
+                    f"no quorum within {timeout.total_seconds():g} s: a step needs ft.min_replica_size = {least} healthy "
+                    f"replica groups of {self.group_size}, {found or 'none'} answered; look at the other groups and at the "
+                    f"lighthouse {os.environ.get(LIGHTHOUSE)}, or raise ft.process_group_timeout_ms"
+                ) from cause
+            time.sleep(0.1)
+
+    # Windows
+
+    def open_window(self, facts: Mapping[str, Any]) -> WindowHeader:
+        """Form a quorum and weigh a window over all groups in it.
+
+        Args:
+            facts: what this rank knows of the window; see `exchange_header`.
+
+        Raises:
+            RuntimeError: no quorum, or ten refusals in a row.
+        """
+        runner = self.runner
+        while True:
+            if not self._formed:
+                epoch = runner.train_state.epoch
+                self._form_quorum(self.timeout)
+                if self._healed:
+                    self._healed = False
+                    self._require_same_epoch(epoch)
+            self._formed = False
+            header: WindowHeader = runner.exchange_header(**facts)
+            if header.abort:
+                return header
+            mine = [header.weight, header.samples, header.tokens, header.present, header.left]
+            sums = self._sum(torch.tensor(mine, dtype=torch.float64, device=runner.device))
+            if sums is not None:
+                weight, samples, tokens, present, left = sums
+                return header._replace(
+                    weight=weight, samples=int(samples), tokens=int(tokens), present=int(present), left=left > 0
+                )
+            self.manager.should_commit()  # the vote of a rank that has seen an error is no
+            self._refuse()
+
+    def _sum(self, values: Tensor) -> list[float] | None:
+        """Sum numbers over the groups; None, on all ranks of this one, when that failed on any."""
+        self.manager.allreduce(values, reduce_op=dist.ReduceOp.SUM).wait()
+        failed = torch.tensor(float(self.manager.errored() is not None), device=self.runner.device)
+        return None if self.runner.all_reduce(failed) else values.tolist()
+
+    def commit(self) -> bool:
+        """Average the gradients over the groups and vote; whether the update is to be applied."""
+        self._average_gradients()
+        if self.manager.should_commit():
+            self._refusals = 0
+            return True
+        self._refuse()
+        return False
+
+    def _average_gradients(self) -> None:
+        buckets: dict[torch.dtype, list[Tensor]] = {}
+        for _, parameter in self.runner.iter_optimizer_named_parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # another group may have one
+            gradient = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+            buckets.setdefault(gradient.dtype, []).append(gradient)
+        for gradients in buckets.values():
+            bucket = torch.cat([gradient.flatten() for gradient in gradients])
+            self.manager.allreduce(bucket).wait()
+            means = bucket.split([gradient.numel() for gradient in gradients])
+            for gradient, mean in zip(gradients, means, strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def _refuse(self) -> None:
+        self._refusals += 1
+        runner = self.runner
+        runner.logger.warning(
+            "the window after step %d was refused (%d in a row) and is run again: %s",
+            runner.global_step,
+            self._refusals,
+            self.manager.errored() or "another rank has seen an error",
+        )
+        if self._refusals >= MAX_REFUSALS:
+            raise RuntimeError(
+                f"{MAX_REFUSALS} windows in a row were refused; the last error: {self.manager.errored()}. "
+                "Look at the network between the replica groups, and at ft.process_group_timeout_ms"
+            )
+
+    # Healing
+
+    def _state(self) -> dict[str, Any]:
+        """What a group that joins gets of this one."""
+        runner = self.runner
+        train = runner.train_state.state_dict()
+        return {
+            "train": {name: train[name] for name in SHARED_COUNTERS},
+            "results": runner.results.state_dict(),
+            "files": runner.engine_state(),
+            "best_at": runner._best_at,
+        }
+
+    def _heal(self, state: Any) -> None:
+        """Take the state of another group; random states and the position in the data stay this group's own."""
+        runner, files = self.runner, state["files"]
+        runner.train_state.load_state_dict(state["train"])
+        runner.results.load_state_dict(state["results"])
+        runner._best_at = state["best_at"]
+        load_model_state(runner.model, files["model.pt"])
+        states = files.get("optimizer.pt", {})
+        if runner.optimizer is not None:
+            names = list(runner.iter_optimizer_named_parameters())
+            load_optimizer_state(runner.optimizer, states["optimizer"], names)
+        for name in ("scheduler", "grad_scaler"):
+            if (part := getattr(runner, name)) is not None:
+                part.load_state_dict(states[name])
+        if runner.ema is not None:
+            runner.load_ema(files["ema.pt"])
+            if "ema_updates" in states:
+                runner.ema.n_averaged.copy_(states["ema_updates"])
+        self._healed = True
+        runner.logger.info("took the state of another replica group at step %d", runner.global_step)
+
+    def _find_position(self, epoch: int, positions: dict[str, Any]) -> None:
+        """After a return: go on in this group's share of the epoch where its own file says, else start the share anew."""
+        state = self.runner.train_state
+        found = self.positions.newest() if self.positions is not None else None
+        state.positions = {}
+        if found is not None and found["epoch"] == state.epoch:
+            self.restore_position(found)
+            self.runner.logger.info("this group goes on in its share of epoch %d where it was", state.epoch + 1)
+        elif state.global_step:
+            why = "it has no position of this epoch" if self.positions is not None else (
+                "checkpoint.enable_ft_dataloader_checkpoints is off"
+            )  # fmt: skip
+            self.runner.logger.warning("this group starts its share of epoch %d anew: %s", state.epoch + 1, why)
+
+    def _require_same_epoch(self, epoch: int) -> None:
+        if self.runner.train_state.epoch != epoch:
+            raise RuntimeError(
+                "this replica group fell behind at the end of an epoch, which the others have left; start it again, and it "
+                "catches up"
+            )
+
+    # Positions
+
+    def position(self) -> dict[str, Any]:
+        """Where this rank is in its share of the data, with its random states."""
+        runner = self.runner
+        state = runner.train_state
+        own = runner.rank_state()
+        return {
+            "epoch": state.epoch,
+            "global_step": state.global_step,
+            "positions": state.positions,
+            "dataloaders": own["dataloaders"],
+            "rng": own["rng"],
+        }
+
+    def restore_position(self, found: Mapping[str, Any]) -> None:
+        """Go to a position that was saved."""
+        runner = self.runner
+        runner.train_state.positions = dict(found["positions"])
+        runner.load_dataloaders(found["dataloaders"])
+        runner.load_rng(found["rng"])
+
+    def close(self) -> None:
+        """Leave the quorum and give everything back."""
+        self.manager.shutdown(wait=False)
+        self._transport_group.shutdown()
+        self._store = None
+
+
+class ReplicaWindow(Window):
+    """A window that is run again, with fresh weights, when the groups do not commit it.
+
+    Args:
+        runner: whose window it is.
+
+    Attributes:
+        refused: whether the update at the end of the window was refused.
+    """
+
+    __slots__ = ("runner", "refused", "facts", "_before")
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self.refused = False
+        self.facts: dict[str, Any] = {}
+        super().__init__()
+
+    def __iter__(self) -> Iterator[Any]:
+        runner = self.runner
+        counters = ("micro_step", "skipped", "skipped_in_a_row")
+        state, meters = runner.train_state, runner._meters[True]
+        before = {name: getattr(state, name) for name in counters}, meters.state_dict()
+        while True:
+            yield from self.batches
+            if not self.refused:
+                return
+            self.refused = False
+            for name, value in before[0].items():
+                setattr(state, name, value)
+            meters.load_state_dict(before[1])
+            runner.zero_grad()
+            header = runner.ft.open_window({**self.facts, "abort": False})
+            total = None if self.weights[0] is None else header.weight
+            degree = runner.loss_degree * runner.ft.participants
+            self.open(self.batches, self.weights, total=total, degree=degree, fillers=self.fillers)
+            self.samples, self.tokens = header.samples, header.tokens
+
+
+class DeferredMetrics:
+    """Metrics of training that take in a window once it is committed, so that one that is run again counts once."""
+
+    def __init__(self, metrics: Any) -> None:
+        self._metrics, self._pending = metrics, []  # type: ignore[var-annotated]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Keep what one micro-batch brings."""
+        detached = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+        self._pending.append((detached, kwargs))
+
+    def settle(self, committed: bool) -> None:
+        """Take in, or drop, what the window has brought."""
+        pending, self._pending = self._pending, []
+        if committed:
+            for args, kwargs in pending:
+                self._metrics.update(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._metrics, name)
+
+
+_Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
+
+
+class Replicas(_Host):
+    """The part of `TorchRunner` that replica groups change."""
+
+    ft: FaultTolerance | None
+    _train_metrics: Any
+    _saving: str | None = None
+
+    def check_config(self) -> None:
+        """Refuse, before anything is built, what this engine cannot honour.
+
+        Raises:
+            ConfigError: naming the key.
+            ImportError, RuntimeError: `ft.enabled` without TorchFT, or without a lighthouse.
+        """
+        super().check_config()
+        if self.config.ft.enabled:
+            require_torchft()
+
+    def init_fault_tolerance(self) -> None:
+        """Bind TorchFT's manager when `ft.enabled`.
+
+        Raises:
+            ConfigError: the run directory holds checkpoints and `auto_resume` is off.
+        """
+        if not self.config.ft.enabled:
+            return
+        if self.workspace.has_checkpoints() and not self.config.auto_resume:
+            raise ConfigError(
+                f"auto_resume: False, but {self.checkpoint_dir} holds checkpoints; with replica groups an earlier run is not "
+                "set aside, because another group may be at work in its directory: set auto_resume, or another name"
+            )
+        self.ft = ft = FaultTolerance(self)
+        self._closing("ft", ft.close)
+        self.window = ReplicaWindow(self)
+
+    def data_share(self, train: bool) -> tuple[int, int]:
+        """Which share of a split is read here, and how many shares there are; training splits are dealt to all groups."""
+        rank, ranks = self.data_rank, self.data_degree
+        options = self.config.ft
+        if not (train and options.enabled):
+            return rank, ranks
+        return options.replica_id * ranks + rank, options.group_size * ranks
+
+    def set_seed(self, seed: int | None = None, bias: int | bool | None = None) -> int:
+        """Seed the generators; ranks of different replica groups differ too."""
+        options = self.config.ft
+        if bias is None and options.enabled and options.replica_id:
+            bias = options.replica_id * self.world_size + self.rank
+        return super().set_seed(seed, bias)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train to the end of the budget; with replica groups, join them first."""
+        if self.ft is not None:
+            with self._ending():
+                self.ft.join()
+            if self._train_metrics is not None and not isinstance(self._train_metrics, DeferredMetrics):
+                self._train_metrics = DeferredMetrics(self._train_metrics)
+        return super().train(*args, **kwargs)
+
+    def window_header(self, **facts: Any) -> WindowHeader:
+        """Tell all ranks, of all groups, about the window in hand."""
+        if self.ft is None:
+            return self.exchange_header(**facts)
+        self.window.facts = facts
+        return self.ft.open_window(facts)
+
+    def commits(self) -> bool:
+        """Whether the update of the window in hand is to be applied; replica groups vote."""
+        assert self.ft is not None
+        committed = self.ft.commit()
+        if isinstance(self._train_metrics, DeferredMetrics):
+            self._train_metrics.settle(committed)
+        self.window.refused = not committed
+        return committed
+
+    # Checkpoints
+
+    def _store_save(self, target: str, aliases: list[str], **options: Any) -> None:
+        ft = self.ft
+        if ft is None:
+            return super()._store_save(target, aliases, **options)
+        positions = ft.positions
+        self._saving = target
+        if ft.leads:
+            super()._store_save(target, aliases, **options)
+        elif positions is not None and options.get("kind", "full") == "full":
+            try:
+                positions.write(target, ft.position())
+            except OSError as error:
+                if options["final"]:
+                    raise
+                self.problems.add("position of the replica group", error)
+            self.supervisor.save_done()
+        else:
+            self.supervisor.save_done()
+        if positions is not None:
+            positions.retain(self.config.checkpoint.keep_latest_k, {info.name for info in self._store.list()})
+
+    def capture(self) -> Callable[[Path], Any]:
+        """Copy the state of this rank; with the position of the group, whose file belongs to the save."""
+        write = super().capture()
+        if self.ft is None or self.ft.positions is None:
+            return write
+        return _WithPosition(write, self.ft.positions, self._saving, self.ft.position())
+
+    def load_checkpoint(self, src: Any) -> None:
+        """Restore the full state of a run; a position file of this group overrides the position stored with it."""
+        super().load_checkpoint(src)
+        if self.ft is not None and self.ft.positions is not None and self.resumed_from != "memory":
+            found = self.ft.positions.read(Path(self.resumed_from).name)
+            if found is not None:
+                self.ft.restore_position(found)
+
+
+class _WithPosition:
+    """Writes the position of the group, then what `capture` gave: a save whose position fails is not committed."""
+
+    def __init__(self, write: Any, positions: Positions, name: str | None, position: dict[str, Any]) -> None:
+        self._write, self._positions, self._name, self._position = write, positions, name, position
+
+    def __call__(self, directory: Path) -> Any:
+        if self._name is not None:
+            self._positions.write(self._name, self._position)
+        return self._write(directory)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._write, name)
