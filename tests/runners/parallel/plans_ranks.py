@@ -23,16 +23,19 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from danling.backends.parallel import ParallelTopology
 from danling.backends.parallel.context import ParallelContext, local_tensor
 from danling.backends.parallel.parallelize import parallelize_part
 from danling.backends.parallel.plans import (
     PackedShard,
+    SplitCrossEntropy,
     apply_context_plan,
     apply_tensor_plan,
     packed_parameters,
     shard_context,
+    split_columns,
     to_usual_order,
 )
 from danling.backends.parallel.sharding import data_mesh, shard_model
@@ -346,6 +349,80 @@ def train(axes: dict[str, int], build: Callable[[], nn.Module] = Language) -> No
             )
 
 
+def ragged() -> None:
+    """Layers split over tensor ranks take ragged batches as whole ones do, packed."""
+    import danling.tensors
+    from danling.tensors import NestedTensor
+
+    ctx = context_of({"tensor": 2})
+    torch.manual_seed(2)
+    model = encoder_layer(batch_first=True).double()
+    mine = split(copy.deepcopy(model), ctx)
+    rows = [torch.randn(length, WIDTH, dtype=torch.float64) for length in (3, 5, 1)]
+    results = []
+    with danling.tensors.strict():
+        for layer in (model, mine):
+            sources = [row.clone().requires_grad_() for row in rows]
+            output = layer(NestedTensor(*sources)).concat
+            output.square().sum().backward()
+            results.append([output.detach(), *(source.grad for source in sources)])
+    for expected, found in zip(*results, strict=True):
+        close(found, expected, "ragged")
+    layouts = packed_parameters(mine)
+    for name, value in mine.named_parameters():
+        close(whole(value.grad, layouts.get(name)), model.get_parameter(name).grad, f"ragged: gradient of {name}")
+
+
+class Plain(nn.Module):
+    """Linear layers, split by styles of torch's that the model names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, VOCABULARY)
+
+    def build_parallel_plan(self, ctx: Any) -> dict[str, Any]:
+        return {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = nn.functional.one_hot(tokens % WIDTH, WIDTH).to(self.up.weight.dtype)
+        return self.down(self.up(x).relu()).transpose(1, 2).contiguous()
+
+
+def styles(axes: dict[str, int]) -> None:
+    train(axes, Plain)
+
+
+def vocabulary() -> None:
+    """Losses and gradients of a head whose classes are split are those of the whole head."""
+    ctx = context_of({"tensor": 2})
+    torch.manual_seed(2)
+    x, target = torch.randn(3, 5, WIDTH, dtype=torch.float64), torch.randint(12, (3, 5))
+    target[0, :2] = -100
+    target[1, 0] = 7
+    for options in (
+        {},
+        {"reduction": "none"},
+        {"reduction": "sum", "label_smoothing": 0.1},
+        {"weight": torch.rand(12).double(), "ignore_index": 7},
+    ):
+        if options.get("ignore_index") == 7:
+            target = target.clamp(min=0)
+        head = nn.Linear(WIDTH, 12).double()
+        mine = split_columns(copy.deepcopy(head), ctx)
+        results = []
+        for module, criterion in (
+            (head, nn.CrossEntropyLoss(**options)),
+            (mine, SplitCrossEntropy(ctx, **options)),
+        ):
+            source = x.clone().requires_grad_()
+            loss = criterion(module(source).transpose(1, 2), target)
+            loss.square().sum().backward()
+            gradients = [whole(value.grad, None) for value in module.parameters()]
+            results.append([loss.detach(), source.grad, *gradients])
+        for index, (expected, found) in enumerate(zip(*results, strict=True)):
+            close(found, expected, f"{options}: value {index}")
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -478,14 +555,21 @@ def ring() -> None:
 
 
 def compiled(axes: dict[str, int]) -> None:
-    """A split model compiles, and computes what it computes without."""
+    """A split model compiles, and computes what it computes without, dropout included."""
     ctx = context_of(axes)
     torch.manual_seed(8)
-    model = parallelize_part(Language().double(), ctx)
+    model = Language().double()
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.25
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.25
+    model = parallelize_part(model, ctx)
     tokens, target = shard_context(next(batches(2)), ctx)
     results = []
     for run in (model, torch.compile(model, backend="aot_eager")):
         model.zero_grad()
+        torch.manual_seed(9)
         loss = nn.functional.cross_entropy(run(tokens), target)
         loss.backward()
         results.append([loss.detach(), *(local_tensor(value.grad).clone() for value in model.parameters())])

@@ -20,11 +20,15 @@ def passes(nproc: int, *scenarios: str, timeout: float = 150.0) -> None:
 
 
 def test_layers_split_by_heads_and_hidden_units() -> None:
-    passes(2, "forward:tensor=2", "train:tensor=2", "checkpoint:tensor=2", "dropout")
+    passes(2, "forward:tensor=2", "train:tensor=2", "checkpoint:tensor=2", "dropout", "ragged")
 
 
-def test_sequences_cut_and_experts_spread() -> None:
-    passes(2, "forward:context=2", "train:context=2", "experts:expert=2", "ring")
+def test_models_that_split_themselves() -> None:
+    passes(2, "styles:tensor=2", "vocabulary", "experts:expert=2")
+
+
+def test_sequences_of_which_ranks_hold_parts() -> None:
+    passes(2, "forward:context=2", "train:context=2", "ring")
 
 
 @pytest.mark.slow

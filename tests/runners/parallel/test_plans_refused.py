@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from danling.backends.parallel import ParallelTopology
 from danling.backends.parallel.context import ParallelContext
 from danling.backends.parallel.parallelize import NoPlanError, parallelize_part
-from danling.backends.parallel.plans import apply_context_plan, apply_tensor_plan, shard_context
+from danling.backends.parallel.plans import (
+    SplitCrossEntropy,
+    apply_context_plan,
+    apply_tensor_plan,
+    shard_context,
+    split_columns,
+    split_rows,
+)
 from danling.runners.errors import ConfigError
 
 
@@ -66,6 +73,15 @@ def test_layers_that_do_not_divide(build: Any, words: tuple[str, ...]) -> None:
         assert word in str(refused.value)
     assert [type(module) for module in model.modules()] == classes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_parts_that_a_model_splits_itself() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.axes\.tensor: 4 does not divide the 6 output features"):
+        split_columns(nn.Linear(8, 6), Context(tensor=4))
+    with pytest.raises(ConfigError, match=r"parallel\.axes\.expert_tensor: 3 does not divide the 8 input features"):
+        split_rows(nn.Linear(8, 6), Context(expert_tensor=3), "expert_tensor")
+    with pytest.raises(ValueError, match="not both"):
+        SplitCrossEntropy(Context(tensor=2), weight=torch.ones(4), label_smoothing=0.1)
 
 
 def test_nothing_to_split() -> None:

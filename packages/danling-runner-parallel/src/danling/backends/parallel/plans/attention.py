@@ -9,15 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .collectives import Axis, copy_in, gather_parts, join, own_randomness, sum_out
+from .linear import local
+from .modules import inherits
 from .ring import ring_applies, ring_attention
-
-
-def local(parameter: Any) -> Any:
-    """The part of a parameter that this process holds; what is not split is returned as it is."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class Split:
@@ -82,8 +78,10 @@ class Split:
         if self.sequence is not None and plain and (attn_mask is None or is_causal) and ring_applies(q, k, rate):
             mixed = ring_attention(q, k, v, self.sequence, is_causal=is_causal)
         else:
-            k, v = self._all_keys(k), self._all_keys(v)
+            k, v = self._all_keys(k, v)
             mask = self._mask(q, k, attn_mask, key_padding_mask, is_causal)
+            if is_causal and not need_weights:
+                k, v, mask = self._without_later(q, k, v, mask)
             k, v, mask = self._extended(k, v, mask)
             split = rate > 0 and self.heads is not None
             with own_randomness(self.heads, q.device) if split else nullcontext():  # type: ignore[arg-type]
@@ -125,8 +123,21 @@ class Split:
 
     # Keys, values and masks
 
-    def _all_keys(self, keys: Tensor) -> Tensor:
-        return keys if self.sequence is None else gather_parts(keys, self.sequence, 2)
+    def _all_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole sequence, gathered together."""
+        if self.sequence is None:
+            return k, v
+        k, v = gather_parts(torch.stack((k, v)), self.sequence, 3)
+        return k, v
+
+    def _without_later(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Leave out keys that a causal mask hides from all queries here: those of later ranks."""
+        if self.sequence is None or mask is None or k.shape[2] != q.shape[2] * self.sequence.degree:
+            return k, v, mask
+        seen = q.shape[2] * (self.sequence.rank + 1)
+        return k[:, :, :seen], v[:, :, :seen], mask[..., :seen]
 
     def _mask(
         self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
@@ -224,6 +235,4 @@ def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rate: float)
 
 def is_standard(module: nn.Module) -> bool:
     """Whether a module attends the way `nn.MultiheadAttention` does."""
-    from .modules import inherits
-
     return isinstance(module, Split) or inherits(module, nn.MultiheadAttention, "forward")

@@ -87,7 +87,7 @@ def exchange(tensor: Tensor, axis: Axis, sent: Sequence[int], received: Sequence
 
 def _reduced(tensor: Tensor, axis: Axis) -> Tensor:
     tensor = tensor.contiguous().clone()
-    dist.all_reduce(tensor, group=axis.group)
+    dist.all_reduce(getattr(tensor, "concat", tensor), group=axis.group)  # of a ragged batch, its packed values
     return tensor
 
 

@@ -3,71 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from danling.runners.errors import ConfigError
 
 from . import attention
-from .collectives import Axis, copy_in, own_randomness, sum_out
+from .collectives import Axis
+from .linear import Columns, Cut, OwnDropout, Rows, split_parameters
 from .modules import become, inherits
-from .packing import mark_packed, to_rank_order
 
 LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-
-
-class Columns:
-    """Mixed into a linear layer that computes this rank's output features from all input features."""
-
-    axis: Axis
-    weight: Any
-    bias: Any
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `(..., in_features)` to `(..., out_features / degree)`."""
-        return F.linear(copy_in(input, self.axis), attention.local(self.weight), attention.local(self.bias))
-
-
-class Rows:
-    """Mixed into a linear layer that maps this rank's input features and adds up over the ranks."""
-
-    axis: Axis
-    weight: Any
-    bias: Any
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `(..., in_features / degree)` to `(..., out_features)`, the same on every rank."""
-        out = sum_out(F.linear(input, attention.local(self.weight)), self.axis)
-        bias = attention.local(self.bias)
-        return out if bias is None else out + bias
-
-
-class OwnDropout:
-    """Mixed into dropout over an activation of which each rank holds a part: ranks draw masks of their own."""
-
-    axis: Axis
-    p: float
-    training: bool
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Drop elements of this rank's part."""
-        draws = self.training and self.p > 0
-        with own_randomness(self.axis, input.device) if draws else nullcontext():
-            return super().forward(input)  # type: ignore[misc]
-
-
-class Cut(NamedTuple):
-    """A parameter to split: where it is, along which dimension, and how many matrices are packed in its rows."""
-
-    module: nn.Module
-    name: str
-    dim: int
-    blocks: int = 1
 
 
 def apply_tensor_plan(part: nn.Module, ctx: Any) -> bool:
@@ -108,7 +57,7 @@ def apply_tensor_plan(part: nn.Module, ctx: Any) -> bool:
     problems = [*_size_problems(attentions, layers, names, axis.degree), *_cut_problems(part, cuts, names)]
     if problems:
         raise ConfigError("the model cannot be split over parallel.axes.tensor: " + "; ".join(problems))
-    _split(cuts, ctx.mesh["tensor"], axis)
+    split_parameters(cuts, ctx.mesh["tensor"], axis)
     for module in attentions:
         become(module, attention.Split)
         module.heads = axis  # type: ignore[assignment]
@@ -199,21 +148,3 @@ def _cut_problems(part: nn.Module, cuts: list[Cut], names: dict[Any, str]) -> It
             mine = roles.get(id(parameter))
             if mine is not None and ((module, name) not in owned or len(mine) > 1):
                 yield f"{names[module]}.{name} is tied to a parameter that is split in another way"
-
-
-@torch.no_grad()
-def _split(cuts: list[Cut], mesh: Any, axis: Axis) -> None:
-    """Put this rank's part in the place of each parameter; tied parameters stay tied."""
-    done: dict[int, nn.Parameter] = {}
-    for module, name, dim, blocks in cuts:
-        whole = getattr(module, name)
-        if id(whole) not in done:
-            ranked = whole if blocks == 1 else to_rank_order(whole, blocks, axis.degree)
-            mine = ranked.chunk(axis.degree, dim)[axis.rank].clone(memory_format=torch.contiguous_format)
-            split = DTensor.from_local(
-                mine, mesh, [Shard(dim)], run_check=False, shape=whole.shape, stride=whole.stride()
-            )
-            done[id(whole)] = nn.Parameter(split, requires_grad=whole.requires_grad)
-        setattr(module, name, done[id(whole)])
-        if blocks > 1:
-            mark_packed(module, name, blocks, axis.degree)
