@@ -30,7 +30,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden"]
 # No contraction, so that every CPU gives the same bits; what is ignored besides are floating exceptions and errno alone.
 CPU_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 if platform.machine() in ("x86_64", "AMD64"):
-    CPU_FLAGS += ["-mavx2", "-mf16c"]  # which every such CPU has had since 2015; load.py looks before it loads
+    CPU_FLAGS += ["-mavx2", "-mf16c", "-mfma"]  # which every such CPU has had since 2015; load.py looks before it loads
 LINK_FLAGS = ["-s"] if sys.platform == "linux" else []
 
 
@@ -113,7 +113,7 @@ def extensions(cpp_extension, torch) -> list[Extension]:
             raise SystemExit(f"DANLING_BUILD_CUDA=1, but {problem}")
         warn_pure(problem)
         return []
-    found = [library(cpp_extension, "cpu", ["copy.cpp", "segment.cpp"], flags={"cxx": [*CXX_FLAGS, *CPU_FLAGS]})]
+    found = [library(cpp_extension, "cpu", ["copy.cpp", "reduce.cpp", "normalise.cpp", "scan.cpp"], flags={"cxx": [*CXX_FLAGS, *CPU_FLAGS]})]
     toolkit = find_toolkit(cpp_extension)
     problem = "DANLING_BUILD_CUDA=0" if wish == "0" else cuda_problem(toolkit, torch)
     if problem is not None:

@@ -58,6 +58,21 @@ struct Filler {
   }
 };
 
+// Copies `bytes` of a run whose buffers go on for `room` bytes, where what lies behind the run in `out` is written afterwards.
+// Short ones go in steps of 32 that may write beyond their end: without branches on the last few bytes that takes half the time
+// of memcpy.
+inline void copy_run(char* out, const char* in, int64_t bytes, int64_t room) {
+  constexpr int64_t kStep = 32;
+  constexpr int64_t kShort = 4096;
+  if (bytes > kShort || bytes + kStep > room) {
+    std::memcpy(out, in, bytes);
+    return;
+  }
+  for (int64_t at = 0; at < bytes; at += kStep) {
+    std::memcpy(out + at, in + at, kStep);
+  }
+}
+
 // Offsets and sizes of a batch on the host. The constructor proves them, so that no kernel below can leave its buffers.
 struct Batch {
   int64_t batch;
@@ -130,6 +145,7 @@ Tensor pad(
     return result;
   }
   const char* source = static_cast<const char*>(values.const_data_ptr());
+  const char* source_end = source + values.size(0) * row_bytes;
   char* target = static_cast<char*>(result.mutable_data_ptr());
 
   // A line is a run of padded rows along the last ragged dim: data first, fill after it.
@@ -142,6 +158,7 @@ Tensor pad(
       0, batch.batch * lines_per_element * length, grain(row_bytes), [&](int64_t begin, int64_t end) {
         int64_t line = begin / length;
         int64_t position = begin % length;
+        const char* target_end = target + end * row_bytes;
         for (; begin < end; ++line, position = 0) {
           const int64_t stop = std::min(end - begin, length - position) + position;
           int64_t element = line;
@@ -163,8 +180,8 @@ Tensor pad(
           char* out = target + begin * row_bytes;
           const int64_t data = std::max<int64_t>(0, std::min(stop, count) - position);
           if (data > 0) {
-            const int64_t from = batch.offsets[element] + row * count + position;
-            std::memcpy(out, source + from * row_bytes, data * row_bytes);
+            const char* in = source + (batch.offsets[element] + row * count + position) * row_bytes;
+            copy_run(out, in, data * row_bytes, std::min(source_end - in, target_end - out));
           }
           if (stop - position > data) {
             fill(out + data * row_bytes, (stop - position - data) * row_bytes);
