@@ -160,6 +160,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds: that of a `DTensor`, else the tensor.
 
     Example:
+        >>> import torch
         >>> local_tensor(torch.ones(2))
         tensor([1., 1.])
     """

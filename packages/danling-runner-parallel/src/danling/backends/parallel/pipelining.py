@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from danling.backends.torch.activation import class_names, matching_modules
 from danling.backends.torch.data import build_dataloader, is_map_style
 from danling.backends.torch.infer import count_samples, split_output
 from danling.backends.torch.sharded import MEMBERS
@@ -21,7 +22,7 @@ from danling.runners.errors import ConfigError
 
 from .microbatches import Plan, plan_microbatches, take_rows
 from .pipeline import Pipeline, keep_rows, nothing
-from .schedule import check_microbatch_count, count_stages, schedule_name, stage_indices
+from .schedule import SPLIT_BACKWARD, check_microbatch_count, count_stages, schedule_name, stage_indices
 from .stages import WAYS, check_stages, cut_by_names, declared_tied, sequential_names, shared_names, state_names
 from .tied import TiedParameters
 
@@ -146,6 +147,7 @@ class Pipelining(_Host):
                 tied |= declared_tied(part)
         else:
             self.check_model()
+            self._check_classes()
             self._share_whole_model()
             whole, shared, tied = state_names(self.model), shared_names(self.model), declared_tied(self.model)
             parts = {}
@@ -180,6 +182,34 @@ class Pipelining(_Host):
             if self.rank != first:
                 tensor.copy_(whole)
 
+    def classes_here(self, part: nn.Module, names: Sequence[str] | None) -> Sequence[str] | None:
+        """Those of the named classes that occur in a stage; which of them occur at all is checked on the whole model."""
+        if not self.is_pipelined:
+            return names
+        if names is None:
+            try:
+                matching_modules(part, None)
+            except ConfigError:
+                return []
+            return None
+        found = {name for module in part.modules() for cls in type(module).__mro__ for name in class_names(cls)}
+        return [name for name in names if name in found]
+
+    def _check_classes(self) -> None:
+        """Refuse classes of modules that occur in no stage.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        config = self.config
+        wanted = {"fsdp": self.uses_fsdp, "activation_checkpoint": config.activation_checkpoint.enabled}
+        for section, used in wanted.items():
+            if used and (section != "fsdp" or config.fsdp.module_classes is not None):
+                try:
+                    matching_modules(self.model, config[section].module_classes)
+                except ConfigError as error:
+                    raise ConfigError(f"{section}.module_classes: {error}") from error
+
     def build_pipeline_model_part(self, stage: int, num_stages: int) -> nn.Module:
         """The module of one stage, with parameters under the names of the whole model.
 
@@ -208,7 +238,7 @@ class Pipelining(_Host):
         if tied:
             tied.copy_first()
             self.tied = tied
-        self._check_microbatches()
+        self._check_schedule()
         return Pipeline(
             layout.name,
             parts,
@@ -220,9 +250,18 @@ class Pipelining(_Host):
             context=self.forward_context,
         )
 
-    def _check_microbatches(self) -> None:
-        """Refuse batch sizes that cannot be cut, before anything runs; say where ranks will mostly wait."""
+    def _check_schedule(self) -> None:
+        """Refuse what the schedule cannot run, before anything runs; say where ranks will mostly wait.
+
+        Raises:
+            ConfigError: a batch size that cannot be cut, or compiled stages under a schedule that cuts their backward.
+        """
         options, layout, degree = self.config.parallel, self._layout, self.topology.degrees["pipeline"]
+        if self.config.compile.enable and layout.name in SPLIT_BACKWARD:
+            raise ConfigError(
+                f"compile.enable: the schedule {layout.name} runs the backward pass of a stage in two parts, which "
+                "compiled modules do not allow; use another schedule"
+            )
         for split in self._split_names:
             if (full := self._full_rows(split)) is not None:
                 count = plan_microbatches(
@@ -324,6 +363,19 @@ class Pipelining(_Host):
         self.optimizer.param_groups[:] = groups.values()
 
     # Training
+
+    def backward(self, loss: Any) -> None:
+        """Backpropagate a loss; under a pipeline the schedule does that, microbatch by microbatch.
+
+        Raises:
+            RuntimeError: under a pipeline.
+        """
+        if self.pipeline is not None:
+            raise RuntimeError(
+                "under a pipeline axis no rank has the whole model, and the schedule runs forward and backward: let "
+                "train_step call super().train_step(data), without backward or advance of its own"
+            )
+        super().backward(loss)
 
     def train_step(self, data: Any) -> tuple[Any, Any]:
         """Train on one micro-batch; under a pipeline, prediction and loss are those of the last stage, None elsewhere."""

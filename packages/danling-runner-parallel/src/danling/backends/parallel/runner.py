@@ -194,7 +194,9 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
         from danling.backends.torch.activation import apply_activation_checkpointing
 
         options = self.config.activation_checkpoint
-        apply_activation_checkpointing(part, options.module_classes, options.checkpoint_impl)
+        classes = self.classes_here(part, options.module_classes)
+        if classes is None or classes:
+            apply_activation_checkpointing(part, classes, options.checkpoint_impl)
 
     @property
     def uses_fsdp(self) -> bool:
@@ -211,7 +213,8 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
             self._data_mesh = data_mesh(self.parallel)
             pipelined = self.is_pipelined
             for part in self.model_parts:
-                shard_model(part, self._data_mesh, self.config.fsdp, pipelined=pipelined)
+                classes = self.classes_here(part, self.config.fsdp.module_classes)
+                shard_model(part, self._data_mesh, {**self.config.fsdp, "module_classes": classes}, pipelined=pipelined)
         elif self.loss_degree > 1:
             self.wrap_model()
             self.model_parts = [self.model]

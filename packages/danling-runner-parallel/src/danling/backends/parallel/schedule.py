@@ -23,6 +23,10 @@ V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 """Schedules whose second stage on a rank mirrors the first: the last stage is on the first rank."""
 
 
+SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)
+"""Schedules that run the backward pass for inputs and for weights apart."""
+
+
 def schedule_name(name: str) -> str:
     """Return the name of a schedule as torch spells it.
 

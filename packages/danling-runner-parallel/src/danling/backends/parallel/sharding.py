@@ -66,6 +66,8 @@ def units(part: nn.Module, module_classes: Sequence[str] | None) -> list[nn.Modu
     Raises:
         ConfigError: a class that does not occur.
     """
+    if module_classes is not None and not module_classes:  # a pipeline stage without any of them
+        return []
     try:
         found = matching_modules(part, module_classes)
     except ConfigError as error:

@@ -21,6 +21,7 @@ class ModelPart(nn.Module):
 
     Args:
         modules: name in the whole model to module, in the order in which they run.
+        whole: the whole model; containers between it and the modules keep their kind.
 
     Example:
         >>> model = nn.ModuleDict({"embed": nn.Linear(2, 3), "layers": nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 1)])})
@@ -36,17 +37,21 @@ class ModelPart(nn.Module):
         )
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], whole: nn.Module | None = None) -> None:
         super().__init__()
         for name, module in modules.items():
             parent: nn.Module = self
             *path, last = name.split(".")
-            for step in path:
+            for depth, step in enumerate(path, 1):
                 if step not in parent._modules:
-                    parent.add_module(step, nn.Module())
+                    original = None if whole is None else whole.get_submodule(".".join(path[:depth]))
+                    parent.add_module(step, nn.ModuleList() if isinstance(original, nn.ModuleList) else nn.Module())
                 parent = parent._modules[step]  # type: ignore[assignment]
             parent.add_module(last, module)
         self._order = tuple(modules)
+        for name in ("_no_split_modules", "_tied_weights_keys"):
+            if hasattr(whole, name):
+                setattr(self, name, getattr(whole, name))
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the modules in order; a tuple is passed on as several inputs."""
@@ -148,7 +153,7 @@ def cut_by_names(model: nn.Module, names: Sequence[Sequence[str]], stages: Itera
                         f"stage {owner}; a module belongs to one stage"
                     )
             seen[name] = stage
-    return {stage: ModelPart({name: model.get_submodule(name) for name in names[stage]}) for stage in stages}
+    return {stage: ModelPart({name: model.get_submodule(name) for name in names[stage]}, model) for stage in stages}
 
 
 def state_names(module: nn.Module) -> list[str]:

@@ -60,7 +60,7 @@ def matching_modules(model: nn.Module, names: Sequence[str] | None) -> list[tupl
     for name, module in model.named_modules():
         if not name or (inside and name.startswith(inside)):
             continue
-        spellings = {cls_name for cls in type(module).__mro__[:-1] for cls_name in _spellings(cls)}
+        spellings = {cls_name for cls in type(module).__mro__[:-1] for cls_name in class_names(cls)}
         if names is None:
             chosen = (
                 isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or id(module) in children
@@ -82,7 +82,12 @@ def matching_modules(model: nn.Module, names: Sequence[str] | None) -> list[tupl
     return matches
 
 
-def _spellings(cls: type) -> tuple[str, str]:
+def class_names(cls: type) -> tuple[str, str]:
+    """The names of a class: short and qualified.
+
+    >>> class_names(nn.Linear)
+    ('Linear', 'torch.nn.modules.linear.Linear')
+    """
     return cls.__name__, f"{cls.__module__}.{cls.__qualname__}"
 
 
