@@ -116,6 +116,7 @@ class Loop:
         listeners = runner.events["step"]
         bar = runner.console.bar if runner.console.bar.live else None
         dies = is_armed("step.end")
+        train = runner.window_trainer(self._train_window)
         self.last_metrics = {}
         with runner.open_pass(split) as data:
             while True:
@@ -126,17 +127,7 @@ class Loop:
                     else:
                         self._boundary(updated=False, epoch_ended=self._complete_pass(split))
                     break
-                for batch in window:
-                    before = state.micro_step
-                    output = runner.train_step(batch)
-                    if state.micro_step != before + 1:
-                        _fail_unstepped(state.micro_step - before)
-                    try:
-                        loss = output[1]
-                    except (TypeError, IndexError, KeyError):
-                        _fail_output(output)
-                    if loss is not None:
-                        runner.record_loss(loss)
+                train(window)
                 updated = window.applied
                 data.advance()
                 if updated:
@@ -158,6 +149,20 @@ class Loop:
                     if runner.split != split or runner.mode is not RunnerMode.TRAIN:
                         runner.split, runner.mode = split, RunnerMode.TRAIN
         return self.last_metrics
+
+    def _train_window(self, window: Any) -> None:
+        runner, state = self.runner, self.state
+        for batch in window:
+            before = state.micro_step
+            output = runner.train_step(batch)
+            if state.micro_step != before + 1:
+                _fail_unstepped(state.micro_step - before)
+            try:
+                loss = output[1]
+            except (TypeError, IndexError, KeyError):
+                _fail_output(output)
+            if loss is not None:
+                runner.record_loss(loss)
 
     def _skipped(self) -> None:
         state = self.state

@@ -39,6 +39,7 @@ class Supervisor:
         stop: the strongest reason to stop so far.
         stop_reason: in words, for ``summary.json``.
         save_requested: a save is asked for.
+        manages_gc: `take_over_gc` is in force.
         pending: something is asked for on this rank; read after every update, so it is kept rather than worked out.
         problems: what went wrong without stopping the run.
     """
@@ -53,6 +54,7 @@ class Supervisor:
         self._pid: int | None = None
         self._previous: dict[int, Any] = {}
         self._gc: _GarbageCollection | None = None
+        self.manages_gc = False
 
     # Requests
 
@@ -151,23 +153,18 @@ class Supervisor:
         A collection that one rank starts alone makes all the others wait for it.
         """
         self.hand_back_gc()
-        self._gc = _GarbageCollection(interval, generation, disable_automatic)
+        self._gc, self.manages_gc = _GarbageCollection(interval, generation, disable_automatic), True
 
     def collect(self, global_step: int) -> None:
         """Collect if it is due after this update."""
         if self._gc is not None and global_step % self._gc.interval == 0:
             gc.collect(self._gc.generation)
 
-    @property
-    def manages_gc(self) -> bool:
-        """Whether `take_over_gc` is in force."""
-        return self._gc is not None
-
     def hand_back_gc(self) -> None:
         """Let Python collect as it did before."""
         if self._gc is not None:
             self._gc.hand_back()
-            self._gc = None
+            self._gc, self.manages_gc = None, False
 
     def close(self) -> None:
         """Give back signals and garbage collection. Idempotent."""

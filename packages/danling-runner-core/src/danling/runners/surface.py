@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .supervisor import Stop
@@ -131,6 +131,14 @@ class Surface(_Host):
     def train_step(self, data: Any) -> tuple[Any, Any]:
         """Train on one micro-batch; return the prediction and the loss."""
         raise NotImplementedError
+
+    def window_trainer(self, train: Callable[[Any], None]) -> Callable[[Any], None]:
+        """What runs the micro-batches of a window; asked once per pass.
+
+        Args:
+            train: calls `train_step` for each and records its loss.
+        """
+        return train
 
     def evaluate_epoch(self, split: str) -> dict[str, Any]:
         """Evaluate one split; return its metrics."""

@@ -235,7 +235,7 @@ class Distributed(_Host):
     @property
     def pending(self) -> bool:
         """Whether a stop or a save is asked for that all ranks know of."""
-        if self._read_world()[0] == 1:
+        if self._world[0] == 1:  # type: ignore[index]
             return self.supervisor.pending
         return any(self.agreed)
 

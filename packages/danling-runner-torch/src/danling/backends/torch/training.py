@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -15,7 +15,9 @@ from danling.metrics import AverageMeters
 from danling.runners.state import RunnerMode
 
 from .feed import Feed
+from .plain import is_plain, plain_window
 from .weights import samples_in
+from .window import Window
 
 _Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
@@ -61,6 +63,10 @@ class Training(_Host):
     def open_pass(self, split: str) -> Feed:
         """A context that yields windows of a train split from its position on."""
         return Feed(self, split)
+
+    def window_trainer(self, train: Callable[[Window], None]) -> Callable[[Window], None]:
+        """What runs the micro-batches of a window: `train`, or the same without its calls where nothing is special."""
+        return plain_window(self, train) if is_plain(self) else train  # type: ignore[arg-type]
 
     def forward(self, model: Any, data: Any) -> Any:
         """Call a model on the input of a batch; a mapping is passed as keywords."""
@@ -127,23 +133,28 @@ class Training(_Host):
             ValueError: the loss is not a scalar.
             TypeError: it is not a tensor.
         """
+        self.check_loss(loss)
+        window = self.window
+        index = window.index
+        weight, factors = window.weights[index], window.factors
+        if isinstance(weight, Tensor):  # on a device, which nobody waits for
+            loss = torch.where(weight > 0, loss if factors is None else loss * factors[index], 0.0)
+        elif window.is_filler if weight is None else weight == 0:
+            self.backward_nothing(loss)
+            return
+        elif factors is not None:
+            loss = loss * factors[index]
+        self.backpropagate(loss)
+
+    @staticmethod
+    def check_loss(loss: Any) -> None:
+        """Refuse what cannot be backpropagated: no tensor, or no scalar."""
         if not isinstance(loss, Tensor):
             raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}")
         if loss.numel() != 1:
             raise ValueError(
                 f"the loss must be a scalar, got shape {tuple(loss.shape)}; average it, with its loss_weight"
             )
-        window = self.window
-        index = window.index
-        weight, factors = window.weights[index], window.factors
-        if isinstance(weight, Tensor):  # on a device, which nobody waits for
-            loss = torch.where(weight > 0, loss if factors is None else loss * factors[index], 0.0)
-        elif weight == 0 or window.is_filler:
-            self.backward_nothing(loss)
-            return
-        elif factors is not None:
-            loss = loss * factors[index]
-        self.backpropagate(loss)
 
     def backpropagate(self, loss: Tensor) -> None:
         """Backpropagate a loss that has its factor, scaled for fp16."""
