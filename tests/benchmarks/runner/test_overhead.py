@@ -13,68 +13,18 @@ import logging
 import os
 import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from danling.metrics import multiclass_metrics
 from danling.runners import Runner
+from support.paired import CHUNK, REFERENCE, UPDATES, Paired, build
 
 pytestmark = [pytest.mark.bench, pytest.mark.filterwarnings("ignore")]
-UPDATES = int(os.environ.get("DANLING_BENCH_UPDATES", "2000"))
-CHUNK = 50
-WARM_UP = 4
 LIMIT = 25.0
-
-
-def build():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
-    return model, nn.CrossEntropyLoss(), torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-
-class Paired:
-    """A loader that times its reader against the plain loop, 50 updates at a time.
-
-    Attributes:
-        raw: seconds per update of the plain loop, for each pair.
-        added: what the reader took more.
-    """
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        self.batches = [
-            (torch.randn(32, 64, generator=generator), torch.randint(0, 10, (32,), generator=generator))
-            for _ in range(UPDATES)
-        ]
-        self.twin = build()
-        self.raw, self.added = [], []
-
-    def __len__(self):
-        return UPDATES
-
-    def __iter__(self):
-        for first in range(0, UPDATES, CHUNK):
-            chunk = self.batches[first : first + CHUNK]
-            start = time.thread_time()
-            yield from chunk
-            middle = time.thread_time()
-            self.plain(chunk)
-            plain = time.thread_time() - middle
-            self.raw.append(plain / CHUNK)
-            self.added.append((middle - start - plain) / CHUNK)
-
-    def plain(self, chunk):
-        model, criterion, optimizer = self.twin
-        for x, y in chunk:
-            loss = criterion(model(x), y)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
 
 def danling(folder, loader, metrics):
@@ -184,11 +134,11 @@ def test_overhead_per_update(capsys):
             for index, name in enumerate(names):
                 loader = Paired()
                 LOOPS[name](f"{folder}/{index}", loader)
-                raw += loader.raw[WARM_UP:]
-                rows[name] = statistics.median(loader.added[WARM_UP:]) * 1e6
+                loop, rows[name] = loader.figures
+                raw.append(loop)
         finally:
             torch.set_num_threads(threads)
-    loop = statistics.median(raw) * 1e6
+    loop = statistics.median(raw)
     with capsys.disabled():
         print(f"\n{'raw loop':40s} {loop:9.1f} µs per update")
         for name, value in rows.items():
@@ -197,5 +147,5 @@ def test_overhead_per_update(capsys):
         path = Path(target) / "runner-overhead.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"raw": loop, "added": rows, "updates": UPDATES}, indent=1))
-    scale = max(1.0, loop / 238.0)  # the limit is for a machine on which the raw loop takes 238 µs
+    scale = max(1.0, loop / REFERENCE)
     assert rows["danling, loss and default metrics"] <= 2 * LIMIT * scale

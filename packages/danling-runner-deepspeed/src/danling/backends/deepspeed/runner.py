@@ -385,14 +385,14 @@ class DeepSpeedRunner(TorchRunner):
         if refresh is not None:
             refresh()
 
-    def read_weights(self, src: Any) -> dict[str, Tensor]:
+    def read_weights(self, src: Any) -> Mapping[str, Tensor]:
         """The weights in a source, under the names of a plain module."""
         if (files := find_foreign(src)) is not None:
-            return dict(strip_prefixes(read_engine_weights(files.folder)))
+            return strip_prefixes(read_engine_weights(files.folder))
         return super().read_weights(src)
 
     @staticmethod
-    def checkpoint_weights(directory: Path, *, ema: bool = True) -> dict[str, Tensor]:
+    def checkpoint_weights(directory: Path, *, ema: bool = True) -> Mapping[str, Tensor]:
         """Read the whole weights in a checkpoint directory of this stack.
 
         Args:
@@ -402,7 +402,7 @@ class DeepSpeedRunner(TorchRunner):
         directory = Path(directory)
         if (directory / MODEL).exists() or (ema and (directory / EMA).exists()):
             return read_weights(directory, ema=ema)
-        return dict(strip_prefixes(read_engine_weights(directory / TAG)))
+        return strip_prefixes(read_engine_weights(directory / TAG))
 
     @classmethod
     def export_checkpoint(cls, source: Any, path: Any, *, dtype: Any = None, ema: bool = True) -> None:

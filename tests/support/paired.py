@@ -1,0 +1,82 @@
+"""Times a loop against another one, a few updates at a time, so that what else the machine does falls on both alike."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+UPDATES = int(os.environ.get("DANLING_BENCH_UPDATES", "2000"))
+CHUNK = 50
+WARM_UP = 4
+REFERENCE = 238.0  # µs that the plain loop takes on the machine that limits are for
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def build() -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """Model, criterion and optimizer: MLP 64-128-10 with AdamW."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    return model, nn.CrossEntropyLoss(), torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def plain() -> Callable[[Sequence[Batch]], None]:
+    """The loop of plain PyTorch."""
+    model, criterion, optimizer = build()
+
+    def train(batches: Sequence[Batch]) -> None:
+        for x, y in batches:
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train
+
+
+class Paired:
+    """A loader that times its reader against a loop written by hand, 50 updates at a time.
+
+    Args:
+        by_hand: makes that loop, when the first batches have been read; it trains a twin of the model on the same batches.
+
+    Attributes:
+        raw: seconds of CPU time per update of the loop by hand, for each pair.
+        added: what the reader took more.
+    """
+
+    def __init__(self, by_hand: Callable[[], Callable[[Sequence[Batch]], Any]] = plain) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.batches = [
+            (torch.randn(32, 64, generator=generator), torch.randint(0, 10, (32,), generator=generator))
+            for _ in range(UPDATES)
+        ]
+        self.by_hand = by_hand
+        self.raw: list[float] = []
+        self.added: list[float] = []
+
+    def __len__(self) -> int:
+        return UPDATES
+
+    def __iter__(self) -> Iterator[Batch]:
+        twin = self.by_hand()
+        for first in range(0, UPDATES, CHUNK):
+            chunk = self.batches[first : first + CHUNK]
+            start = time.thread_time()
+            yield from chunk
+            middle = time.thread_time()
+            twin(chunk)
+            raw = time.thread_time() - middle
+            self.raw.append(raw / CHUNK)
+            self.added.append((middle - start - raw) / CHUNK)
+
+    @property
+    def figures(self) -> tuple[float, float]:
+        """Medians in µs: an update of the loop by hand, and what the reader added."""
+        return tuple(statistics.median(values[WARM_UP:]) * 1e6 for values in (self.raw, self.added))  # type: ignore[return-value]
