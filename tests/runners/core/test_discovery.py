@@ -77,6 +77,7 @@ def test_listing_imports_nothing(ours):
     assert list(found) == [*KNOWN, "toy"]
     toy = found["toy"]
     assert (toy.target, toy.distribution, toy.version, toy.problem) == ("toy_engine:Toy", "danling-toy", "2.5", None)
+    assert toy.installed and toy.install is None
     assert "toy_engine" not in sys.modules
 
 
@@ -86,7 +87,9 @@ def test_a_missing_requirement_is_seen_without_importing(site):
         {"toy": "toy_engine:Toy"},
         requires=["no-such-engine-anywhere>=1", "pytest", "other; extra == 'x'"],
     )
-    assert stacks()["toy"].problem == "needs no-such-engine-anywhere: pip install no-such-engine-anywhere"
+    toy = stacks()["toy"]
+    assert toy.problem == "needs no-such-engine-anywhere: pip install no-such-engine-anywhere"
+    assert toy.installed and toy.install == "pip install no-such-engine-anywhere"
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class StackInfo:
         distribution: the package that provides it, or that would.
         version: of that package, or None.
         problem: why it cannot be used, or None.
+        missing: packages that it needs and that are not installed, itself among them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class StackInfo:
     distribution: str
     version: str | None = None
     problem: str | None = None
+    missing: tuple[str, ...] = ()
 
     @property
     def installed(self) -> bool:
@@ -50,9 +52,9 @@ class StackInfo:
         return self.target is not None
 
     @property
-    def install(self) -> str:
-        """The command that brings it."""
-        return f"pip install {self.distribution}"
+    def install(self) -> str | None:
+        """The command that brings what is missing; None when nothing is."""
+        return f"pip install {' '.join(self.missing)}" if self.missing else None
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def stacks() -> dict[str, StackInfo]:
         >>> known = stacks()
         >>> list(known)[:4]
         ['torch', 'parallel', 'deepspeed', 'accelerate']
-        >>> known["deepspeed"].install
-        'pip install danling-runner-deepspeed'
+        >>> known["torch"].installed == (known["torch"].install is None)
+        True
     """
     found = _entry_points()
     names = [*KNOWN, *sorted(set(found) - set(KNOWN))]
@@ -204,16 +206,18 @@ def _entry_point(name: str) -> EntryPoint:
 
 def _describe(name: str, entries: list[EntryPoint]) -> StackInfo:
     if not entries:
-        return StackInfo(name, None, KNOWN.get(name, name), problem="not installed")
+        package = KNOWN.get(name, name)
+        return StackInfo(name, None, package, problem="not installed", missing=(package,))
     entry = entries[0]
     distribution = entry.dist
     owners = {e.dist.name if e.dist else "?" for e in entries} | ({KNOWN[name]} if name in KNOWN else set())
+    missing = _missing_requirements(distribution.requires if distribution else None)
     problem = None
     if len(entries) > 1 or len(owners) > 1:
         problem = f"the name is claimed by {' and '.join(sorted(owners))}; uninstall all but one"
     elif not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         problem = "a stack's name has lower case letters, digits and `_` only"
-    elif missing := _missing_requirements(distribution.requires if distribution else None):
+    elif missing:
         problem = f"needs {', '.join(missing)}: pip install {' '.join(missing)}"
     return StackInfo(
         name,
@@ -221,6 +225,7 @@ def _describe(name: str, entries: list[EntryPoint]) -> StackInfo:
         distribution.name if distribution else "?",
         distribution.version if distribution else None,
         problem,
+        tuple(missing),
     )
 
 

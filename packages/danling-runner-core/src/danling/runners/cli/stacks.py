@@ -31,9 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _state(info: StackInfo) -> str:
-    if not info.installed:
-        return info.install
-    return info.problem or "installed"
+    return (info.problem or "installed") if info.installed else info.install or "not installed"
 
 
 def _checked(info: StackInfo) -> StackInfo:
