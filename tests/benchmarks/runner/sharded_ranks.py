@@ -41,7 +41,13 @@ class Bench(Runner):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    config = {"workspace_root": sys.argv[1], "steps": UPDATES, "log_interval": CHUNK, "eval_interval": 0, "progress": False}
+    config = {
+        "workspace_root": sys.argv[1],
+        "steps": UPDATES,
+        "log_interval": CHUNK,
+        "eval_interval": 0,
+        "progress": False,
+    }
     config |= {"checkpoint.load_only": True, "stack": "parallel", "parallel.axes.shard": 2, "dataloader.batch_size": 32}
     with Bench(config) as runner:
         runner.train()

@@ -1,14 +1,13 @@
 """Runs of a small language model on whatever layout the configuration names: `layouts.py scenarios.json`, on every rank.
 
-The file maps scenarios to lists of runs, each the overrides of a configuration. All scenarios share one process per rank and
-start no process of their own. What every rank saw goes to `rank<N>.json` beside the file: scenario → what its last run ended with.
+The file maps scenarios to lists of runs, each the overrides of a configuration. All scenarios share one process per rank. What
+every rank saw goes to `rank<N>.json` beside the file: scenario → what its last run ended with.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset
 from danling.runners import Runner
 
 VOCABULARY, WIDTH, LENGTH, IGNORED = 11, 8, 6, -100
+DRAWS = 0  # seed of the weights, which are no part of a configuration
 
 
 class Sentences(Dataset):
@@ -68,12 +68,12 @@ class Model(nn.Module):
 
 
 class Language(Runner):
-    """Reads its own section `language`: count, dropout, norm, seed, meta, dtype, poisoned, drift."""
+    """Reads its own section `language`: count, dropout, norm, meta, dtype, poisoned, drift."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.options = {"count": 61, "dropout": 0.0, "norm": False, "seed": 0, **self.config.get("language", {})}
-        torch.manual_seed(self.options["seed"] + self.rank * 100)  # ranks draw differently and must start equal
+        self.options = {"count": 61, "dropout": 0.0, "norm": False, **self.config.get("language", {})}
+        torch.manual_seed(DRAWS + self.rank * 100)  # ranks draw differently and must start equal
         with torch.device("meta" if self.options.get("meta") else "cpu"):
             model = Model(self.options["dropout"], self.options["norm"])
         self.model = model.to(getattr(torch, self.options.get("dtype", "float64")))
@@ -95,6 +95,8 @@ class Language(Runner):
                 return super().train_step(data)
             finally:
                 hook.remove()
+        if self.train_state.micro_step == self.options.get("drift") and self.rank == 1:
+            self.unwrap(self.model).head.bias.data.add_(1)
         prediction, loss = super().train_step(data)
         self.losses.append(loss.item())
         return prediction, loss
@@ -119,9 +121,11 @@ def config_of(root: Path, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(root: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """One run; what it ended with. Keys that are not of the configuration: stop, fails, infer, export, seeded."""
+    """One run; what it ended with. Keys that are not of the configuration: stop, fails, export, seeded, draws."""
+    global DRAWS
     overrides = dict(overrides)
-    extra = {key: overrides.pop(key, None) for key in ("stop", "fails", "export", "seeded", "resumes")}
+    extra = {key: overrides.pop(key, None) for key in ("stop", "fails", "export", "seeded", "draws")}
+    DRAWS = extra["draws"] or 0
     try:
         with Language(config_of(root, overrides)) as runner:
             if extra["stop"] is not None:
@@ -135,7 +139,9 @@ def run(root: Path, overrides: dict[str, Any]) -> dict[str, Any]:
                 "results": runner.results.rows(),
                 "best": runner.best_index,
                 "state": {k: v for k, v in runner.train_state.state_dict().items() if k != "positions"},
-                "weights": {name: value.tolist() for name, value in runner.export_state(ema=False).items() if tensor(value)},
+                "weights": {
+                    name: value.tolist() for name, value in runner.export_state(ema=False).items() if tensor(value)
+                },
                 "average": {name: value.tolist() for name, value in runner.export_state().items() if tensor(value)},
                 "entries": [entry.tolist() for entry in runner.infer("val", gather=True)],
                 "own": len(runner.infer("val")),
@@ -151,10 +157,22 @@ def run(root: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         if extra["fails"] is None:
             raise
-        return {"error": type(error).__name__, "bases": [cls.__name__ for cls in type(error).__mro__], "text": str(error)}
+        return {
+            "error": type(error).__name__,
+            "bases": [cls.__name__ for cls in type(error).__mro__],
+            "text": str(error),
+        }
     assert extra["fails"] is None, "no error was raised"
     assert not torch.distributed.is_initialized()
     return found
+
+
+def fill(value: Any, folder: Path) -> Any:
+    """A value of a configuration, with `@scenario/name` for a checkpoint of another scenario."""
+    if not (isinstance(value, str) and value.startswith("@")):
+        return value
+    scenario, name = value[1:].split("/")
+    return str(next((folder / scenario).glob(f"lin/exp/*/checkpoints/{name}")))
 
 
 def tensor(value: Any) -> bool:
@@ -170,9 +188,7 @@ def main() -> None:
     for name, runs in json.loads(path.read_text()).items():
         root = path.parent / name
         for overrides in runs:
-            copied = overrides.pop("copy_from", None)
-            if copied is not None and rank == 0:
-                shutil.copytree(path.parent / copied, root)
+            overrides = {key: fill(value, path.parent) for key, value in overrides.items()}
             found[name] = run(root, overrides)
     (path.parent / f"rank{rank}.json").write_text(json.dumps(found))
 

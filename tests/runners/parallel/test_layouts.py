@@ -40,7 +40,9 @@ def flat(value):
 
 
 def close(found, expected, what, rel=1e-9):
-    assert flat(found) == pytest.approx(flat(expected), rel=rel, abs=1e-11), what  # the gradient of key biases is zero but for rounding
+    assert flat(found) == pytest.approx(flat(expected), rel=rel, abs=1e-11), (
+        what
+    )  # the gradient of key biases is zero but for rounding
 
 
 def compare(ranks, one, what):

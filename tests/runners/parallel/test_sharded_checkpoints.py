@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .test_layouts import ADAMW, CASES, close, layout, start
+from .test_layouts import ADAMW, close, layout, start
 
 LIVELY = {
     **ADAMW,
@@ -34,24 +34,27 @@ def test_stopped_and_resumed_is_the_run_that_went_on(tmp_path, axes):
 
 
 def test_other_degrees_go_on_with_the_same_numbers(tmp_path):
-    """4 → 2 → 1 shards and 2 × 2 → 4, a world of 4 → 2, always with 12 samples a window."""
+    """2 × 2 → 4, 4 → 2 × 2, and 4 → 2 → 1 shards with a smaller world, whose reference is plain DDP on as many ranks."""
+    case = layout(STILL, 4)
+    shard, square = {**case, "parallel__axes__shard": -1}, {**case, "parallel__axes__shard": 2}
+    square["parallel__axes__replicate"] = 2
+    plain = {**case, "stack": "torch"}
     four = {
-        "straight": [layout(STILL, 4, shard=4)],
-        "stopped": [{**layout(STILL, 4, shard=4), "stop": 4}],
-        "square": [{**layout(STILL, 4, replicate=2, shard=2), "stop": 9}, {**layout(STILL, 4, shard=4), **RESUMED}],
-        "wide": [{**layout(STILL, 4, shard=4), "stop": 9}, {**layout(STILL, 4, replicate=2, shard=2), **RESUMED}],
+        "straight": [shard],
+        "square": [{**square, "stop": 9}, {**shard, **RESUMED}],
+        "wide": [{**shard, "stop": 9}, {**square, **RESUMED}],
+        "fewer": [{**shard, "stop": 4}],
+        "fewer, plain": [{**plain, "stop": 4}],
     }
     first = start(tmp_path, 4, four)[0]
     two = {
-        "stopped": [
-            {**layout(STILL, 2, shard=2), "stop": 12, **RESUMED},
-            {**layout(STILL, 2, replicate=2), **RESUMED},
-        ]
+        "fewer": [{**shard, **RESUMED, "stop": 12}, {**case, **RESUMED, "parallel__axes__replicate": 2}],
+        "fewer, plain": [{**plain, **RESUMED, "stop": 12}, {**plain, **RESUMED}],
     }
     second = start(tmp_path, 2, two)[0]
-    for name, found in (("square", first["square"]), ("wide", first["wide"]), ("stopped", second["stopped"])):
+    pairs = [(first["square"], first["straight"]), (first["wide"], first["straight"])]
+    for found, expected in [*pairs, (second["fewer"], second["fewer, plain"])]:
+        assert len(found["norms"]) < 12 and found["state"] == expected["state"]
         for key in KEPT:
-            if key == "norms":
-                close(found[key], first["straight"][key][-len(found[key]) :], (name, key))
-            else:
-                close(found[key], first["straight"][key], (name, key), rel=1e-6 if key == "entries" else 1e-9)
+            last = expected[key][-len(found[key]) :] if key == "norms" else expected[key]
+            close(found[key], last, key, rel=1e-6 if key == "entries" else 1e-9)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from danling.backends.torch.dcp import StoredTensors, assign, load_named, read_index, write_index
 from danling.backends.torch.dcp import Report as Written
+from danling.backends.torch.dcp import StoredTensors, assign, load_named, read_index, write_index
 from danling.backends.torch.export import read_safetensors
 from danling.backends.torch.payload import read_weights
 from danling.runners import CheckpointError, ResumeError
@@ -197,7 +197,9 @@ def test_load_named_lists_what_does_not_fit():
     state = {"weight": torch.zeros(3, 2), "extra": torch.zeros(1)}
     targets = dict(layer.named_parameters())
     before = layer.weight.clone()
-    with pytest.raises(ResumeError, match=r"missing: bias; unexpected: extra; wrong shapes: weight \(3, 2\) instead of \(2, 2\)"):
+    with pytest.raises(
+        ResumeError, match=r"missing: bias; unexpected: extra; wrong shapes: weight \(3, 2\) instead of \(2, 2\)"
+    ):
         load_named(targets, state)
     assert torch.equal(layer.weight, before)
     load_named(targets, {"module.weight": torch.ones(2, 2)}, strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ def materialize_meta(part: nn.Module, device: torch.device) -> nn.Module:
     ]
     if not on_meta:
         return part.to(device)
-    initialisers = []
+    initialisers: list[Any] = []
     whole = getattr(part, "init_weights", None)
     for name, module in on_meta:
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)

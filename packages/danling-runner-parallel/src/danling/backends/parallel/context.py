@@ -71,14 +71,14 @@ class ParallelContext:
             self._flat[domain] = self.mesh[DOMAINS[domain]]._flatten(f"danling_{domain}")
         return self._flat[domain]
 
-    def group(self, domain: str) -> dist.ProcessGroup:
+    def group(self, domain: str) -> Any:
         """The process group of a domain: an axis, `data`, `loss`, `model`, `stage` or `all`."""
         if domain == "all":
             return dist.group.WORLD
         return self.flat_mesh(domain).get_group()
 
     @property
-    def groups(self) -> list[dist.ProcessGroup]:
+    def groups(self) -> list[Any]:
         """Every process group of the meshes, each once."""
         found = [self.group(name) for name in (*AXES, *self._flat)]
         return list({id(group): group for group in found}.values())

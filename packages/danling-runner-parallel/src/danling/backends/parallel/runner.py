@@ -146,11 +146,14 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
         if config.compile.enable:
             load_artifacts(config.compile.precompile_artifact_dir)
             self._closing("compile", lambda: save_artifacts(config.compile.precompile_artifact_dir))
+        before = {} if self.optimizer is None else self._names_by_parameter()
         parts = self.build_pipeline_model_parts()
         self.model_parts = [self._materialize_part(part) for part in parts]
         self.model = self.model_parts[0]
         share_axes(self.parallel)
         self._wrap_data_parallel()
+        if self.optimizer is not None:
+            rebind(self.optimizer, before, dict(self.iter_optimizer_named_parameters()))
         self.pipeline = self.build_pipeline_schedule()
         if self.pipeline is not None:
             self.parallel.took("pipeline")
@@ -161,6 +164,11 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
         self.bind_criterion()
         self._bind_metrics()
         self.mode = RunnerMode.TRAIN
+
+    def _names_by_parameter(self) -> dict[int, str]:
+        """Names of the parameters that an optimizer of the user may hold, before they are split."""
+        modules = [module for module in (self.model, *self.model_parts) if isinstance(module, nn.Module)]
+        return {id(value): clean_name(name) for module in modules for name, value in module.named_parameters()}
 
     def _materialize_part(self, part: nn.Module) -> nn.Module:
         config = self.config
@@ -409,9 +417,37 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
         repeated = any(coordinates[axis] for axis in ("context", "tensor", "expert", "expert_tensor"))
         return super()._gather_entries(split, [] if repeated else own)
 
-    def describe_environment(self) -> Mapping[str, Any]:
+    def describe_environment(self) -> dict[str, Any]:
         """Devices, hosts and layout, for the metadata of the attempt."""
         return {**super().describe_environment(), "axes": dict(self.topology.degrees)}
+
+
+def rebind(optimizer: Any, before: Mapping[int, str], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Let an optimizer that was made for a whole model train what this rank holds of it.
+
+    Args:
+        optimizer: that has made no update yet.
+        before: name by `id` of the parameters it was made for.
+        parameters: those that take their place.
+
+    Raises:
+        ConfigError: it has state already, or holds a parameter that is not the model's.
+
+    Example:
+        >>> old, new = nn.Linear(1, 1), nn.Linear(1, 1)
+        >>> optimizer = torch.optim.SGD(old.parameters(), lr=0.1)
+        >>> rebind(optimizer, {id(value): name for name, value in old.named_parameters()}, dict(new.named_parameters()))
+        >>> optimizer.param_groups[0]["params"][0] is new.weight
+        True
+    """
+    if optimizer.state:
+        raise ConfigError("the optimizer has made updates already: bind a new one, or set optim.type")
+    for group in optimizer.param_groups:
+        strange = [tuple(value.shape) for value in group["params"] if id(value) not in before]
+        if strange:
+            raise ConfigError(f"the optimizer holds a parameter of shape {strange[0]} that is not part of the model")
+        names = [before[id(value)] for value in group["params"]]
+        group["params"] = [parameters[name] for name in names if name in parameters]
 
 
 @contextmanager

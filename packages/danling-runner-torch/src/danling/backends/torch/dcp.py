@@ -413,7 +413,7 @@ def load_named(
         ResumeError: or `error`: lists missing and unexpected names and wrong shapes.
     """
     if not isinstance(state, StoredTensors):
-        state = strip_prefixes(state, targets)
+        state = strip_prefixes({name: value for name, value in state.items() if isinstance(value, Tensor)}, targets)
     skip, known = set(skip), {*targets, *elsewhere}
     wanted = [name for name in targets if name not in skip]
     here = [name for name in wanted if name in state]

@@ -189,6 +189,8 @@ class Restoring(Sharded):
     def _load_weights(self, state: Mapping[str, Any], **options: Any) -> None:
         if self._by_parts(state):
             self.load_tensors(self.model_tensors(), state, **options)
+            if isinstance(state, dict):
+                self.load_extra({name: value for name, value in state.items() if not isinstance(value, Tensor)})
         else:
             load_model_state(self.model, state, **options)
 
