@@ -67,6 +67,7 @@ class FaultTolerance:
 
     def __init__(self, runner: Any) -> None:
         from torchft import Manager, ProcessGroupGloo
+        from torchft.checkpointing import HTTPTransport
         from torchft.process_group import ManagedProcessGroup, ProcessGroupNCCL
 
         options = runner.config.ft
@@ -75,6 +76,7 @@ class FaultTolerance:
         host, port = self._open_store()
         kind = ProcessGroupNCCL if options.process_group == "nccl" else ProcessGroupGloo
         self._transport_group = kind(timeout=self.timeout)
+        self._transport: Any = HTTPTransport(timeout=self.timeout, num_chunks=0)
         self.manager = Manager(
             pg=self._transport_group,
             load_state_dict=self._heal,
@@ -90,6 +92,7 @@ class FaultTolerance:
             store_port=port,
             hostname=host,
             replica_id=f"{runner.name}_{options.replica_id:05d}",
+            checkpoint_transport=self._transport,
         )
         self.group = ManagedProcessGroup(self.manager)
         checkpoint = runner.config.checkpoint
@@ -342,6 +345,8 @@ class FaultTolerance:
     def close(self) -> None:
         """Leave the quorum and give everything back."""
         self.manager.shutdown(wait=False)
+        if (server := getattr(self._transport, "_server", None)) is not None:
+            server.server_close()  # which the transport's own shutdown leaves open
         self._transport_group.shutdown()
         self._store = None
 

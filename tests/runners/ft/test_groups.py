@@ -1,0 +1,94 @@
+"""Two replica groups, each under a torchrun of its own, with a real lighthouse between them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchft")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+
+
+def assert_equal(one, other):
+    for name, value in one.items():
+        assert value.equal(other[name]), name
+
+
+def test_two_groups_train_in_step(groups):
+    """Unequal seeds, two ranks each: equal weights, which are those of one process on the concatenated batch."""
+    from danling.backends.torch.conformance.task import Reference, difference
+    from danling.backends.torch.conformance.training import windows
+
+    config = {"steps": 8, "accum_steps": 2, "ft.min_replica_size": 2, "optim.momentum": 0.9, "log_interval": 1}
+    for replica in range(2):
+        groups.start(replica, 2, config=config)
+    groups.wait()
+    found = [groups.found(replica, rank) for replica in range(2) for rank in range(2)]
+    assert [(rank["share"], rank["group"], rank["manager"]) for rank in found] == [(i, 2, "Manager") for i in range(4)]
+    assert [rank["leads"] for rank in found] == [True, True, False, False]
+    for rank in found[1:]:
+        assert_equal(found[0]["end"], rank["end"])
+        assert rank["counters"] == found[0]["counters"] and rank["results"].keys() == found[0]["results"].keys()
+    plain = Reference(found[0]["start"], {"type": "sgd", "lr": 0.1, "momentum": 0.9})
+    together = windows([{**rank, "data_rank": rank["share"]} for rank in found])
+    for numbers in together:
+        plain.update(numbers)
+    assert difference(found[0]["end"], plain.weights()) <= 1e-5
+    assert found[0]["counters"][2] == sum(map(len, together))
+
+
+def test_a_group_that_is_killed_comes_back(groups):
+    """Killed in a window and started again, it takes the state of the other and goes on in its own share of the data."""
+    config = {
+        "epochs": 1,
+        "dataloader.batch_size": 2,
+        "evaluate_splits": [],
+        "checkpoint.interval": "1 steps",
+        "checkpoint.enable_ft_dataloader_checkpoints": True,
+    }
+    groups.start(0, config=config, wait_at=8, wait_for="back")
+    killed = groups.start(1, config=config, kill_at=4)
+    assert killed.wait(120) != 0, groups.logs
+    groups.processes.pop()
+    groups.start(1, name="again", config=config, touch="back")
+    groups.wait()
+    stayed, back = groups.found(0), groups.found(1, name="again")
+    assert_equal(stayed["end"], back["end"])
+    assert stayed["counters"] == back["counters"]
+    logs = {path.stem: path.read_text() for path in groups.folder.glob("*.log")}
+    assert "was refused (1 in a row) and is run again" in logs["run-0"]
+    assert "took the state of another replica group at step" in logs["again-1"]
+    assert "goes on in its share of epoch 1 where it was" in logs["again-1"]
+    # 61 samples in global batches of 4: 31 of them are group 0's share, 30 group 1's
+    own, others = [[n for window in rank["seen"] for n in window] for rank in (stayed, back)]
+    assert len(own) == len(set(own)) == 31
+    assert len(others) == len(set(others)) == 30 - 4 * 2 and not set(own) & set(others)
+
+
+def test_too_few_groups(groups):
+    """A step that cannot have its groups waits, then fails with what it lacks."""
+    config = {"steps": 2, "ft.min_replica_size": 2, "ft.process_group_timeout_ms": 3000}
+    groups.start(0, config=config)
+    assert groups.wait(check=False) != [0]
+    message = r"no quorum within 60 s: a step needs ft.min_replica_size = 2 healthy replica groups of 2, 1 answered"
+    assert re.search(message.replace("60", r"[\d.]+"), groups.logs), groups.logs
+
+
+def test_a_refused_window_is_run_again(groups):
+    """An error in one group makes both drop their gradients and run the window again: the weights are those of a clean run."""
+    config = {"steps": 5, "accum_steps": 2, "ft.min_replica_size": 2, "ft.process_group_timeout_ms": 6000}
+    ends, seen = {}, {}
+    for name, order in (("clean", {}), ("refused", {"error_at": 5})):
+        at = {"workspace_root": str(groups.folder / name), **config}
+        groups.start(0, name=name, config=at)
+        groups.start(1, name=name, config=at, **order)
+        groups.wait()
+        found = [groups.found(replica, name=name) for replica in range(2)]
+        assert_equal(found[0]["end"], found[1]["end"])
+        assert found[0]["counters"] == found[1]["counters"]
+        ends[name], seen[name] = found[0]["end"], [rank["seen"] for rank in found]
+    assert_equal(ends["clean"], ends["refused"])
+    assert "was refused (1 in a row)" in (Path(groups.folder) / "refused-1.log").read_text()
+    for clean, refused in zip(seen["clean"], seen["refused"], strict=True):
+        assert refused[:2] == clean[:2] and refused[3:] == clean[3:]
+        assert refused[2] == clean[2] * 2  # the same samples, run twice
