@@ -153,9 +153,7 @@ class Board:
         value, low, high = (x * scale for x in (pairs.value, pairs.low, pairs.high))
         verdict = "" if limit is None else "pass" if low <= limit else "MISS"
         unit = "us" if difference else "x"
-        self.rows.append(
-            Row(gate, case, what, against, value, unit, low, high, limit, verdict, pairs.case, pairs.base)
-        )
+        self.rows.append(Row(gate, case, what, against, value, unit, low, high, limit, verdict, pairs.case, pairs.base))
         assert verdict != "MISS", f"{gate} {case}, {what}: {value:.2f} ({low:.2f} to {high:.2f}) is above {limit}"
         return pairs
 

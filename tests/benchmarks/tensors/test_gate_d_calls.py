@@ -41,6 +41,4 @@ def test_call(board: Board, name: str, mode: str) -> None:
         board.peer(
             "d", case, "torch.nested (jagged)", against, lambda: call(theirs), lambda: call(values), difference=True
         )
-        board.gate(
-            "d", case, "NestedTensor", against, 5.0, lambda: call(batch), lambda: call(values), difference=True
-        )
+        board.gate("d", case, "NestedTensor", against, 5.0, lambda: call(batch), lambda: call(values), difference=True)

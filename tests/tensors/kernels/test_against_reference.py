@@ -19,6 +19,17 @@ pytestmark = needs_library
 ALL = [*FLOATS, *INTEGERS, *COMPLEX]
 
 
+@given(
+    st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=4), st.sampled_from([1, 7, 33]), st.booleans()
+)
+def test_prefix_lengths(rows: list[list[bool]], times: int, strided: bool) -> None:
+    mask = torch.tensor(rows, dtype=torch.bool).view(-1, 3).repeat_interleave(times, 1)
+    mask = mask.mT.contiguous().mT if strided else mask
+    expected = [-1 if "01" in text else text.count("1") for text in ("".join("01"[m] for m in row) for row in rows)]
+    assert ops.prefix_lengths(mask).tolist() == reference.prefix_lengths(mask).tolist()
+    assert ops.prefix_lengths(mask).tolist() == [n if n < 0 else n * times for n in expected]
+
+
 @given(batches(ALL), st.sampled_from([0, 2]))
 def test_pad_and_unpad(batch: Batch, more: int) -> None:
     longest = [batch.longest + more]

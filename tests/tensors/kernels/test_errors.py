@@ -38,6 +38,8 @@ BAD = {
     "unpad rows": (lambda: kernels.unpad(torch.zeros(2, 2, 2), O, None, 4), "end at 4"),
     "unpad length": (lambda: kernels.unpad(torch.zeros(2, 1, 2), O, None, 3), "element 0 has 2 rows"),
     "unpad rank": (lambda: kernels.unpad(torch.zeros(2), O, None, 3), "batch dim"),
+    "mask dtype": (lambda: kernels.prefix_lengths(V), "mask must be bool"),
+    "mask rank": (lambda: kernels.prefix_lengths(V.bool()[0]), "mask must be bool"),
     "expand batch": (lambda: kernels.segment_expand(V, O, 3), "disagree in batch size"),
     "expand rows": (lambda: kernels.segment_expand(V[:2], O, 9), "end at 9"),
     "pad_list size": (lambda: kernels.pad_list([V, V[:1]], [2], F), "tensor 0 has size 3 in dim 0, more than 2"),

@@ -106,6 +106,7 @@ ARGUMENTS = {
     "unpad": (rand(4, 6, 2), OFFSETS, None, 9),
     "pack": ([rand(2, 3), rand(1, 3)],),
     "pad_list": ([rand(2, 3), rand(1, 3)], [3], ZERO),
+    "prefix_lengths": (torch.tensor([[True, False], [False, True]]),),
     "segment_expand": (rand(4, 2), OFFSETS, 9),
     "segment_sum": (rand(9, 2), OFFSETS),
     "segment_mean": (rand(9, 2), OFFSETS[[0, 1, 3, 4]]),  # opcheck takes no NaN for equal to NaN

@@ -412,6 +412,28 @@ Tensor pad_list(std::vector<Tensor> tensors, std::vector<int64_t> max_sizes, con
   return result;
 }
 
+Tensor prefix_lengths(const Tensor& mask_) {
+  DANLING_CHECK(mask_.scalar_type() == ScalarType::Bool && mask_.dim() == 2, "mask must be bool, (B, L)");
+  const Tensor mask = dense(mask_);
+  const int64_t length = mask.size(1);
+  Tensor result = make(mask, {mask.size(0)}, int64_code());
+  const uint8_t* source = static_cast<const uint8_t*>(mask.const_data_ptr());
+  int64_t* target = static_cast<int64_t*>(result.mutable_data_ptr());
+  torch::stable::parallel_for(0, mask.size(0), grain(length), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const uint8_t* m = source + row * length;
+      const void* hole = length > 0 ? std::memchr(m, 0, length) : nullptr;
+      const int64_t count = hole == nullptr ? length : static_cast<const uint8_t*>(hole) - m;
+      uint8_t rest = 0;
+      for (int64_t i = count; i < length; ++i) {
+        rest |= m[i];
+      }
+      target[row] = rest == 0 ? count : -1;
+    }
+  });
+  return result;
+}
+
 Tensor segment_expand(const Tensor& per_segment_, const Tensor& offsets_, int64_t rows) {
   check_rows(per_segment_, "per_segment");
   DANLING_CHECK(rows >= 0, "rows must not be negative");
@@ -457,6 +479,7 @@ STABLE_TORCH_LIBRARY_IMPL(danling, CPU, m) {
   m.impl("unpad", TORCH_BOX(&unpad));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("pad_list", TORCH_BOX(&pad_list));
+  m.impl("prefix_lengths", TORCH_BOX(&prefix_lengths));
   m.impl("segment_expand", TORCH_BOX(&segment_expand));
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from danling.tensors.kernels import gradients
 from danling.tensors.kernels.load import info, load
+from danling.tensors.kernels.register import ops
 
 load()
 
@@ -25,6 +26,7 @@ __all__ = [
     "pack",
     "pad",
     "pad_list",
+    "prefix_lengths",
     "segment_cumsum",
     "segment_expand",
     "segment_logsumexp",
@@ -119,6 +121,22 @@ def pad_list(tensors: Sequence[Tensor], max_sizes: Sequence[int], fill: Tensor) 
                 [3, 0]])
     """
     return gradients.pad_list(tensors, max_sizes, fill)
+
+
+def prefix_lengths(mask: Tensor) -> Tensor:
+    """How many entries at the start of each row are true; -1 where another one follows after a gap.
+
+    Args:
+        mask: bool ``(B, L)``.
+
+    Returns:
+        int64 ``(B,)``.
+
+    Examples:
+        >>> prefix_lengths(torch.tensor([[True, True, False], [False, True, False]]))
+        tensor([ 2, -1])
+    """
+    return ops.prefix_lengths(mask)
 
 
 def segment_expand(per_segment: Tensor, offsets: Tensor, rows: int) -> Tensor:

@@ -101,6 +101,13 @@ def pad_list(tensors: Sequence[Tensor], max_sizes: Sequence[int], fill: Tensor) 
     return out.view(fill.dtype)
 
 
+def prefix_lengths(mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise RuntimeError("danling: mask must be bool, (B, L)")
+    gap = (mask[:, 1:] & ~mask[:, :-1]).any(1)
+    return mask.sum(1).masked_fill(gap, -1)
+
+
 def segment_expand(per_segment: Tensor, offsets: Tensor, rows: int) -> Tensor:
     return _bits(per_segment).index_select(0, row_to_segment(offsets, rows)).view(per_segment.dtype)
 

@@ -15,6 +15,7 @@ SCHEMAS = {
     "unpad": "(Tensor padded, Tensor offsets, Tensor? sizes, SymInt rows) -> Tensor",
     "pack": "(Tensor[] tensors) -> Tensor",
     "pad_list": "(Tensor[] tensors, SymInt[] max_sizes, Tensor fill) -> Tensor",
+    "prefix_lengths": "(Tensor mask) -> Tensor",
     "segment_expand": "(Tensor per_segment, Tensor offsets, SymInt rows) -> Tensor",
     "segment_sum": "(Tensor values, Tensor offsets) -> Tensor",
     "segment_mean": "(Tensor values, Tensor offsets) -> Tensor",
@@ -68,6 +69,11 @@ def _(tensors):
 def _(tensors, max_sizes, fill):
     static = tensors[0].shape[len(max_sizes) :] if tensors else ()
     return (tensors[0] if tensors else fill).new_empty((len(tensors), *max_sizes, *static))
+
+
+@_fake("prefix_lengths")
+def _(mask):
+    return mask.new_empty((mask.shape[0],), dtype=torch.int64)
 
 
 @_fake("segment_expand")
