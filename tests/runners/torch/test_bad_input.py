@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from danling.runners import CheckpointError, CheckpointNotFoundError, ConfigError, ResumeError, StackError
+from danling.runners.manifest import describe_files, read_manifest, walk, write_manifest
+from danling.runners.store import CheckpointStore
 from support.tiny import Tiny, tiny_config
 
 
@@ -85,6 +87,26 @@ def test_damage_is_named_and_automatic_resume_falls_back(tmp_path, finished, nam
         Tiny(tiny_config(tmp_path, epochs=2, resume=str(finished / "epoch-2")))
     with Tiny(tiny_config(tmp_path, epochs=2, auto_resume=True)) as runner:
         assert runner.epoch == 1
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "not json", '{"runner": 1, "state": {}, "results": {}}'])
+def test_a_record_that_is_none_though_its_checksum_fits(tmp_path, finished, content):
+    path = finished / "epoch-2"
+    (path / "runner.json").write_text(content)
+    header = {key: value for key, value in read_manifest(path).items() if key not in ("files", "format_version")}
+    write_manifest(path, header, describe_files(path, list(walk(path))))
+    with pytest.raises(CheckpointError, match="runner.json does not hold the record of a run"):
+        Tiny(tiny_config(tmp_path, epochs=2, resume=str(path)))
+
+
+def test_files_are_verified_once_per_resume(tmp_path, finished, monkeypatch):
+    checked = []
+    verify = CheckpointStore.verify
+    monkeypatch.setattr(CheckpointStore, "verify", lambda self, path: checked.append(path) or verify(self, path))
+    with Tiny(tiny_config(tmp_path, epochs=2, resume=str(finished / "epoch-1"))) as runner:
+        assert runner.epoch == 1 and checked == [finished / "epoch-1"]
+        runner.load_checkpoint(finished / "epoch-1")  # may have changed since
+    assert len(checked) == 2
 
 
 def test_a_missing_checkpoint(tmp_path):

@@ -10,8 +10,9 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
-from danling.runners import ResumeError, read_metrics
+from danling.runners import ResumeError, Runner, read_metrics
 from danling.runners.events import EVENTS
 from support.tiny import Tiny, tiny_config
 
@@ -266,3 +267,38 @@ def test_a_loss_that_is_no_number_is_in_the_files_as_it_is(tmp_path):
     assert all(math.isnan(loss) for _, loss in series(runner.dir, "train", "loss", "log"))
     text = (runner.dir / "metrics.jsonl").read_text() + (runner.dir / "results.json").read_text()
     assert "NaN" not in text and "nonfinite" in text
+
+
+class Masked(Runner):
+    """Batches that tell their tokens: 5 of 8 positions."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = nn.Linear(3, 2)
+        self.criterion = nn.CrossEntropyLoss()
+        mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+        batch = {"input": torch.randn(2, 3), "target": torch.tensor([0, 1]), "attention_mask": mask}
+        self.dataloaders.train = [batch] * 6
+
+
+def test_speed_memory_and_flops_of_a_log_line(tmp_path):
+    performance = {"model_flops_per_sample": 3e9, "model_flops_per_token": 7e9, "peak_flops": 2e12}
+    with Masked(tiny_config(tmp_path, epochs=1, log_interval=3, performance=performance)) as runner:
+        runner.train()
+        rows = [row for row in read_metrics(runner.dir) if row["event"] == "log"]
+        assert runner.train_state.samples == 12 and runner.train_state.tokens == 30
+    assert len(rows) == 2
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(2.5 * row["samples_per_second"])
+        assert row["samples_per_second"] == pytest.approx(2 / row["value.time"])
+        flops = 3e9 * row["samples_per_second"] + 7e9 * row["tokens_per_second"]
+        assert row["tflops"] == pytest.approx(flops / 1e12)
+        assert row["mfu"] == pytest.approx(flops / 2e12)
+        assert 0.05 < row["memory_gib"] < 64
+
+
+def test_no_flops_without_the_models(tmp_path):
+    with Masked(tiny_config(tmp_path, epochs=1, log_interval=3, performance__peak_flops=2e12)) as runner:
+        runner.train()
+        rows = [row for row in read_metrics(runner.dir) if row["event"] == "log"]
+    assert rows and not any({"tflops", "mfu"} & row.keys() for row in rows)

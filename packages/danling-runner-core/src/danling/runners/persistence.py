@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class Persistence(_Host):
     last_checkpoint: str | None = None
     writes_together = False  # whether the ranks of the engine meet while they write
     _periodic = False
+    _checked: Path | None = None  # a checkpoint whose files the main process has verified for all ranks
     _best_at: tuple[int, int] | None = None
 
     # State
@@ -235,11 +237,14 @@ class Persistence(_Host):
         """Restore what the configuration names: `resume`, else `auto_resume`, else `pretrained`."""
         config = self.config
         if config.resume:
+            self._check_together(config.resume)
             self.load_checkpoint(config.resume)
         elif config.auto_resume and (newest := self.broadcast_object(self._newest())) is not None:
+            self._checked = newest
             self.load_checkpoint(newest)
         elif config.pretrained:
             self.load_pretrained(config.pretrained)
+        self._checked = None
 
     def _newest(self) -> Path | None:
         return self._store.newest() if self.is_main_process else None
@@ -254,13 +259,26 @@ class Persistence(_Host):
         if isinstance(src, Mapping):
             return dict(src)
         path = self._store.resolve(src)
+        if path != self._checked:
+            self._check_files(path)
+        payload: dict[str, Any] = {"path": path, "manifest": self._store.read_manifest(path)}
+        if (path / RECORD).exists():
+            payload["record"] = _read_record(path / RECORD)
+        return payload | self.read_state(path)
+
+    def _check_files(self, path: Path) -> None:
         if bad := self._store.verify(path):
             raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(bad)}")
-        manifest = self._store.read_manifest(path)
-        payload: dict[str, Any] = {"path": path, "manifest": manifest}
-        if (path / RECORD).exists():
-            payload["record"] = read_json(path / RECORD)
-        return payload | self.read_state(path)
+
+    def _check_together(self, src: Any) -> None:
+        """Let the main process read and check all files for all ranks; what is wrong each of them will find again."""
+        found = None
+        if self.is_main_process:
+            with suppress(CheckpointError):
+                path = self._store.resolve(src)
+                self._check_files(path)
+                found = path
+        self._checked = self.broadcast_object(found)
 
     def read_config(self, src: Any) -> Any:
         """The configuration stored with a checkpoint or in a run directory, as a `RunnerConfig`."""
@@ -448,6 +466,16 @@ class Persistence(_Host):
     def check_dir(self, action: str = "warn") -> bool:
         """Report a run directory that holds files already: `warn`, `raise` or `ignore`."""
         return self.workspace.check_dir(action)
+
+
+def _read_record(path: Path) -> Any:
+    try:
+        record = read_json(path)
+        if not all(isinstance(record[name], Mapping) for name in ("runner", "state", "results")):
+            raise ValueError(f"{path} is not what a run stores")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not hold the record of a run: {error}") from None
+    return record
 
 
 def _read_config(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -316,9 +317,7 @@ class Training(_Host):
             if state.tokens > tokens:
                 values["tokens_per_second"] = (state.tokens - tokens) / elapsed
         values |= self._performance(values)
-        if self.device.type == "cuda":
-            values["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-            values["memory_reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
+        values |= memory_peaks(self.device)
         if state.skipped:
             values["skipped"] = state.skipped
         return values
@@ -333,6 +332,25 @@ class Training(_Host):
         if options.peak_flops:
             found["mfu"] = flops / self.world_size / options.peak_flops
         return found
+
+
+def memory_peaks(device: torch.device) -> dict[str, float]:
+    """Most memory in use so far, in GiB: allocated and reserved on a CUDA device, else resident memory of the process.
+
+    >>> 0 < memory_peaks(torch.device("cpu"))["memory_gib"] < 1024
+    True
+    """
+    if device.type == "cuda":
+        return {
+            "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        }
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 def _average(metrics: Any) -> Any:
