@@ -140,7 +140,8 @@ def test_what_one_layout_saved_another_loads(tmp_path):
     """Weights go anywhere, under the names and shapes of the unsplit model; whole states where the layout allows it."""
     half = {**ADAMW, "stop": 10}
     split, whole = over(half, tensor=2), {**half, "stack": "torch", "dataloader__batch_size": 12}
-    saved = start(tmp_path / "saved", 2, {"split": [split], "parts": [over(half, context=2)]})[0]
+    saved = start(tmp_path / "saved", 2, {"split": [split]})[0]
+    saved |= start(tmp_path / "wide", 4, {"parts": [over(half, replicate=2, context=2)]})[0]
     one = start(tmp_path / "one", 1, {"whole": [whole]})[0]["whole"]
     assert flat(saved["split"]["weights"]) == pytest.approx(flat(one["weights"]), rel=1e-9, abs=1e-11)
     still = {"optim__lr": 0.0, "optim__weight_decay": 0.0, "ema__enabled": False, "steps": 1}

@@ -397,6 +397,10 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
 
     # Evaluation
 
+    def without_gradients(self) -> AbstractContextManager:
+        """Encloses evaluation and inference. FSDP2 gathers weights to the memory that training uses, if it comes later."""
+        return torch.no_grad() if self.uses_fsdp else super().without_gradients()
+
     @contextmanager
     def _aside(self, mode: RunnerMode, split: str) -> Iterator[None]:
         averaged = isinstance(self.ema, ShardedEMA) and self._ema_ready
