@@ -63,6 +63,7 @@ class Building(_Host):
                 device=self.device,
                 ranks=self.data_share(split in train)[1],
                 train=split in train,
+                shared=self.data_degree < self.world_size,
             )
 
     def pass_length(self, split: str) -> int | None:
