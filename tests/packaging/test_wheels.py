@@ -138,3 +138,68 @@ except ImportError as error:
     print(error)
 """
     assert "pip install" in check(python, code, tmp_path)
+
+
+JOB = """
+import danling as dl
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+class Parity(dl.Runner):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+        self.criterion = nn.CrossEntropyLoss()
+        bits = torch.cartesian_prod(*[torch.arange(2.0)] * 4)
+        self.datasets.train = self.datasets.val = TensorDataset(bits, bits.sum(1).long() % 2)
+
+config = dl.Config({"workspace_root": "runs", "epochs": 2, "optim.type": "adamw", "dataloader.batch_size": 4})
+with Parity(config.parse()) as runner:
+    runner.train()
+    print(f"trained {runner.global_step} updates on {runner.stack}")
+"""
+# What each extra is for: the stack that it brings, how a job uses it, and what the command does with it.
+EXTRAS: dict[str, tuple[str, list[str], list[str]]] = {
+    "accelerate": ("accelerate", [], []),
+    "deepspeed": ("deepspeed", ["--deepspeed.zero_optimization.stage", "2"], []),
+    "parallel": ("parallel", ["--parallel.axes.shard", "2"], []),
+    "optimizers": ("torch", [], []),
+    "plot": ("torch", [], ["plot", "runs/lin/exp", "-o", "curves.png"]),
+    "tensorboard": ("torch", ["--tensorboard", "true"], []),
+    "wandb": ("torch", ["--wandb.enabled", "true", "--wandb.mode", "disabled"], []),
+    "all": ("deepspeed", ["--deepspeed.zero_optimization.stage", "3"], ["plot", "runs/lin/exp", "-o", "curves.png"]),
+}
+
+
+def test_every_extra_is_tried() -> None:
+    umbrella = next(package for package in packages() if package.name == "danling")
+    assert sorted(EXTRAS) == sorted(umbrella.project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_brings_what_it_names(extra: str, wheels: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path, wheels, f"danling[{extra}]")
+    stack, options, verb = EXTRAS[extra]
+    folder = python.parent
+    # No compiler is found on this PATH, and DeepSpeed must not look for an accelerator.
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV", "CUDA_HOME")}
+    clean |= {"PATH": str(folder), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean, timeout=300)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    listed = {row.split()[0]: row for row in run(f"{folder}/danling", "stacks").splitlines()[1:]}
+    bare = {"accelerate", "deepspeed", "parallel"} - ({stack} if extra != "all" else set(listed))
+    assert listed[stack].endswith("installed")
+    assert all(f"pip install danling-runner-{name}" in listed[name] for name in bare)
+    (tmp_path / "train.py").write_text(JOB)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if stack == "parallel" else []
+    told = run(str(python), *launch, "train.py", "--stack", stack, *options)
+    assert f"updates on {stack}" in told
+    if verb:
+        (run_directory,) = (tmp_path / "runs" / "lin" / "exp").iterdir()
+        run(f"{folder}/danling", *(str(run_directory) if word == "runs/lin/exp" else word for word in verb))
+        assert (tmp_path / "curves.png").stat().st_size > 1000
