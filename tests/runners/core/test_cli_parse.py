@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,35 @@ def test_a_negative_number_is_a_value():
 )
 def test_values(text, key, value):
     found = parse(text)[key]
+    assert found == value and type(found) is type(value)
+
+
+class Open(RunnerConfig):
+    """Annotations that leave open what the items are."""
+
+    listed: list = [1]
+    perhaps: list | None = None
+    pair: tuple = (1, 2)
+    anything: Any = None
+    words: list[str] = []
+    either: str | list = ""
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("--listed 3 4.5 a true", "listed", [3, 4.5, "a", True]),
+        ("--listed 3", "listed", [3]),
+        ("--perhaps 1e-3", "perhaps", [0.001]),
+        ("--perhaps none", "perhaps", None),
+        ("--pair 3 4", "pair", (3, 4)),
+        ("--anything 7", "anything", 7),
+        ("--words 3 4", "words", ["3", "4"]),
+        ("--either 7", "either", "7"),
+    ],
+)
+def test_items_without_a_type_are_what_they_look_like(text, key, value):
+    found = parse(text, Open)[key]
     assert found == value and type(found) is type(value)
 
 

@@ -38,41 +38,27 @@ def straight():
         runner.train()
         return [runner.losses, final_state(runner)]
 
-@scenario
-def sigterm_on_one_rank():
-    config = tiny_config(root + "/signal", auto_resume=True)
+def stopped_and_resumed(folder, event, due, victim):
+    config = tiny_config(root + folder, auto_resume=True)
     runner = Measured(config)
-    @runner.on("step")
-    def deliver(runner, event):
-        if event.global_step == 4 and rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+    runner.on(event, lambda runner, event: rank == victim and due(event) and os.kill(os.getpid(), signal.SIGTERM))
     try:
         runner.train()
         code = None
     except SystemExit as error:
         code = error.code
-    stopped = runner.global_step
+    where = [runner.global_step, runner.train_state.phase]
     with Measured(config) as again:
         again.train()
-    return [code, stopped, runner.losses + again.losses, final_state(again)]
+    return [code, where, runner.losses + again.losses, final_state(again)]
+
+@scenario
+def sigterm_on_one_rank():
+    return stopped_and_resumed("/signal", "step", lambda event: event.global_step == 4, 1)
 
 @scenario
 def sigterm_in_an_evaluation():
-    config = tiny_config(root + "/evaluation", auto_resume=True)
-    runner = Measured(config)
-    @runner.on("evaluate_start")
-    def deliver(runner, event):
-        if event.epoch == 2 and rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-    try:
-        runner.train()
-        code = None
-    except SystemExit as error:
-        code = error.code
-    phase = runner.train_state.phase
-    with Measured(config) as again:
-        again.train()
-    return [code, phase, runner.losses + again.losses, final_state(again)]
+    return stopped_and_resumed("/evaluation", "evaluate_start", lambda event: event.epoch == 2, 0)
 
 @scenario
 def nan_on_one_rank():
@@ -149,12 +135,15 @@ def test_ranks_train_different_samples_and_share_the_result(found):
     assert set(first[1]["results"]["3"]["val"]) == {"loss", "auroc", "auprc", "acc", "f1", "mcc"}
 
 
-@pytest.mark.parametrize("name", ["sigterm_on_one_rank", "sigterm_in_an_evaluation"])
-def test_a_signal_on_one_rank_stops_both_and_the_resumed_run_is_bitwise_the_same(found, name):
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [("sigterm_on_one_rank", ([4, "train"], [5, "train"])), ("sigterm_in_an_evaluation", ([6, "evaluate"],))],
+)
+def test_a_signal_on_one_rank_stops_both_and_the_resumed_run_is_bitwise_the_same(found, name, places):
     straight = both(found, "straight")
     for (code, where, losses, state), (all_losses, end) in zip(both(found, name), straight, strict=True):
         assert code == 143
-        assert where in (4, 5, "evaluate")
+        assert where in places
         assert losses == all_losses
         assert state == end
 

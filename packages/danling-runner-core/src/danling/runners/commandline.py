@@ -135,8 +135,16 @@ def _shown(value: Any) -> str:
     return str(value) or "''"
 
 
-def check_value(key: str, words: Sequence[str] | None, annotation: Callable[[Any], Any] | None) -> Any:
+def check_value(
+    key: str, words: Sequence[str] | None, annotation: Callable[[Any], Any] | None, untyped: bool = False
+) -> Any:
     """Return the typed value of a known key, or of a user's key given the conversion of its annotation.
+
+    Args:
+        key: dotted name.
+        words: what the command line gives for it.
+        annotation: conversion of the user's annotation.
+        untyped: the annotation leaves open what the items are, so that they are what they look like.
 
     Raises:
         ValueError: with the complete line that reports the problem.
@@ -152,7 +160,8 @@ def check_value(key: str, words: Sequence[str] | None, annotation: Callable[[Any
     if annotation is None:
         return value
     raw = list(words) if words is not None and len(words) > 1 else words[0] if words else True
-    for candidate in (raw, [raw], value):  # text as given, a list of one word, what the text looks like
+    candidates = (raw, [raw], value)  # text as given, a list of one word, what the text looks like
+    for candidate in (value, [value], raw) if untyped else candidates:
         try:
             return annotation(candidate)
         except ValueError as error:

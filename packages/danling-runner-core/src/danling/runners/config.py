@@ -22,7 +22,17 @@ from .aliases import RENAMED, SYNONYMS, canonical, conflict, place, translate, w
 from .commandline import CommandLine, Row, check_value, help_text, problem, shown, split_arguments
 from .configfile import dump_yaml, parse_yaml, plain, read_mapping
 from .contradictions import contradictions
-from .declared import class_defaults, converter_of, default_of, held, hints_of, is_required, joined, to_number
+from .declared import (
+    class_defaults,
+    converter_of,
+    default_of,
+    held,
+    hints_of,
+    is_required,
+    is_untyped,
+    joined,
+    to_number,
+)
 from .errors import ConfigError, UsageError
 from .identity import differences, identity_view
 from .keys import (
@@ -306,10 +316,11 @@ class RunnerConfig(Config, metaclass=_Meta):
             new = canonical(RENAMED.get(key, key))
             annotation = self._annotation(key)
             converter: Callable[[Any], Any] | None = None
+            untyped = annotation is not None and is_untyped(annotation)
             if annotation is not None and lookup(new) is None:
                 converter = converter_of(annotation)
             try:
-                value = check_value(new, words, converter)
+                value = check_value(new, words, converter, untyped)
                 if "." not in new and new not in TOP_LEVEL and annotation is None:
                     raise ValueError(self._unknown(new, value))
             except ValueError as error:

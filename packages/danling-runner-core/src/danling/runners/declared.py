@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, get_origin
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, get_args, get_origin
 
 from .aliases import RENAMED, canonical, find
 from .configfile import parse_scalar
 from .keys import ABSENT, KEYS, TOP_LEVEL
 from .kinds import convert_annotation
+
+
+_CONTAINERS = (list, tuple, set, frozenset, Sequence)
 
 
 def _users(cls: type) -> list[type]:
@@ -76,6 +80,21 @@ def joined(problems: list[str]) -> str:
 def converter_of(annotation: Any) -> Callable[[Any], Any]:
     """Return the function that gives a value the annotated type."""
     return lambda value: convert_annotation(annotation, value)
+
+
+def is_untyped(hint: Any) -> bool:
+    """Return whether an annotation leaves open what a value, or the items of a list, are.
+
+    Examples:
+        >>> is_untyped(list), is_untyped(list | None), is_untyped(list[int]), is_untyped(list | str)
+        (True, True, False, False)
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return all(is_untyped(part) for part in arguments if part is not type(None))
+    if origin is not None:
+        return origin in _CONTAINERS and all(part in (Any, Ellipsis) for part in arguments)
+    return hint is Any or hint is object or hint in _CONTAINERS
 
 
 def is_required(hint: Any) -> bool:
