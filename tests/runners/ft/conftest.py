@@ -40,7 +40,8 @@ class Groups:
     def start(self, replica: int, nproc: int = 1, name: str = "run", config=None, **order) -> subprocess.Popen:
         """Start a group."""
         ft = {"ft.enabled": True, "ft.replica_id": replica, "ft.group_size": 2, "ft.process_group_timeout_ms": 20000}
-        order |= {"name": name, "config": {**ft, "seed": 5 + replica, "auto_resume": True, **(config or {})}}
+        ft |= {"seed": None, "auto_resume": True, "comm.init_timeout_seconds": None}  # each group draws a seed
+        order |= {"name": name, "config": {**ft, **(config or {})}}
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
         torchrun += ["--master_port", str(free_port()), "--max_restarts", "0"]
         log = open(self.folder / f"{name}-{replica}.log", "w")

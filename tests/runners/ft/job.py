@@ -11,12 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from danling.backends.torch.conformance.settings import Settings
 from danling.backends.torch.conformance.task import Task, task_config, weights
 
 
 class Job(Task):
     order: dict = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        torch.manual_seed(int.from_bytes(os.urandom(4)))  # groups have to become equal
+        self.model[0].reset_parameters()
+        self.set_seed()
 
     def train_step(self, data):
         order, last = self.order, self.rank == self.world_size - 1
@@ -25,6 +33,8 @@ class Job(Task):
         if last and self.micro_step == order.get("error_at"):
             order.pop("error_at")
             self.ft.manager.report_error(RuntimeError("injected"))
+        if self.micro_step == 0:
+            self.begun = weights(self)
         return super().train_step(data)
 
 
@@ -45,11 +55,13 @@ if __name__ == "__main__":
         if (stop := order.get("wait_at")) is not None:  # until another group is about to join
             runner.on("step", lambda r, event: event.global_step == stop and wait_for(folder / order["wait_for"]))
         start = weights(runner)
+        runner.begun = start
         if "touch" in order:
             (folder / order["touch"]).touch()
         runner.train()
         found = {
-            "start": start,
+            "drawn": start,
+            "start": runner.begun,
             "end": weights(runner),
             "resumed": resumed,
             "seen": runner.seen,

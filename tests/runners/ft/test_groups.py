@@ -16,8 +16,7 @@ def assert_equal(one, other):
 
 def test_two_groups_train_in_step(groups):
     """Unequal seeds, two ranks each: equal weights, which are those of one process on the concatenated batch."""
-    from danling.backends.torch.conformance.task import Reference, difference
-    from danling.backends.torch.conformance.training import windows
+    from danling.backends.torch.conformance.task import Reference, difference, windows
 
     config = {"steps": 8, "accum_steps": 2, "ft.min_replica_size": 2, "optim.momentum": 0.9, "log_interval": 1}
     for replica in range(2):
@@ -26,7 +25,9 @@ def test_two_groups_train_in_step(groups):
     found = [groups.found(replica, rank) for replica in range(2) for rank in range(2)]
     assert [(rank["share"], rank["group"], rank["manager"]) for rank in found] == [(i, 2, "Manager") for i in range(4)]
     assert [rank["leads"] for rank in found] == [True, True, False, False]
+    assert not found[0]["drawn"]["0.weight"].equal(found[2]["drawn"]["0.weight"])
     for rank in found[1:]:
+        assert_equal(found[0]["start"], rank["start"])
         assert_equal(found[0]["end"], rank["end"])
         assert rank["counters"] == found[0]["counters"] and rank["results"].keys() == found[0]["results"].keys()
     plain = Reference(found[0]["start"], {"type": "sgd", "lr": 0.1, "momentum": 0.9})

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from danling.backends.torch import TorchRunner
+from danling.backends.torch.buckets import fix_buckets
 from danling.backends.torch.precision import Precision
 
 from .settings import Settings, launch_environment, read_settings
@@ -92,6 +93,8 @@ class AccelerateRunner(TorchRunner):
         if any(parameter.requires_grad for parameter in self.model.parameters()):
             self._patched_before = set(vars(self.unwrap(self.model)))
             self.model = self.accelerator.prepare(self.model)
+            if isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
+                fix_buckets(self.model)
 
     def build_optimizer(self) -> None:
         """Build the optimizer unless one is bound, and let the Accelerator prepare it."""

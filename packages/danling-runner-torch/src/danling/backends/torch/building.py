@@ -14,6 +14,7 @@ from danling.runners.errors import ConfigError
 
 from . import payload
 from .activation import apply_activation_checkpointing
+from .buckets import fix_buckets
 from .compiling import compile_model, load_artifacts, save_artifacts
 from .data import build_dataloader, is_map_style
 from .ema import EMASchedule, build_ema
@@ -203,6 +204,7 @@ class Building(_Host):
             bucket_cap_mb=options.bucket_cap_mb,
             **buffers,
         )
+        fix_buckets(self.model)
 
     def unwrap(self, model: Any) -> Any:
         """The user's module, without DDP, compile or EMA layers around it."""

@@ -134,7 +134,8 @@ class Distributed(_Host):
         store = dist.PrefixStore(f"danling/{self.state.elastic.restart_count}/{_groups_made}", _base_store)
         hook = sys.excepthook
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
-        self._closing("group", partial(_destroy_group, hook, sys.excepthook))
+        self._closing("excepthook", partial(_restore_hook, hook, sys.excepthook))
+        self._closing("group", _destroy_group)
 
     def switch_timeouts(self) -> None:
         """After the first update the groups made here wait no longer than `comm.train_timeout_seconds`."""
@@ -247,9 +248,12 @@ class Distributed(_Host):
 _HEADER_SIZE = 12
 
 
-def _destroy_group(hook_before: Any, hook_of_torch: Any) -> None:
-    """Give the group back, and the hook for uncaught exceptions, which torch replaces by one that says the rank."""
+def _destroy_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-    if sys.excepthook is hook_of_torch:
-        sys.excepthook = hook_before
+
+
+def _restore_hook(before: Any, of_torch: Any) -> None:
+    """Give the hook for uncaught exceptions back, which torch replaces by one that says the rank."""
+    if sys.excepthook is of_torch:
+        sys.excepthook = before

@@ -24,6 +24,7 @@ from danling.runners.errors import ConfigError
 
 from .payload import load_model_state, load_optimizer_state
 from .positions import Positions
+from .snapshot import map_state
 from .window import Window
 
 if TYPE_CHECKING:
@@ -157,8 +158,9 @@ class FaultTolerance:
         epoch, positions = state.epoch, state.positions
         self._form_quorum(max(self.timeout, timedelta(seconds=seconds or 0)))
         self._formed = True
-        if self._healed:
-            self._healed = False
+        if self._was_healed():
+            if not state.global_step:  # at step 0 each rank takes the state of another group
+                self._equal_ranks()
             self._find_position(epoch, positions)
         elif self.leads:
             self.runner.checkpoint_manager.repair()  # no group was ahead: nobody is in the middle of a save
@@ -204,8 +206,7 @@ class FaultTolerance:
             if not self._formed:
                 epoch = runner.train_state.epoch
                 self._form_quorum(self.timeout)
-                if self._healed:
-                    self._healed = False
+                if self._was_healed():
                     self._require_same_epoch(epoch)
             self._formed = False
             header: WindowHeader = runner.exchange_header(**facts)
@@ -273,6 +274,7 @@ class FaultTolerance:
         train = runner.train_state.state_dict()
         return {
             "train": {name: train[name] for name in SHARED_COUNTERS},
+            "seed": runner.rng_state.seed,
             "results": runner.results.state_dict(),
             "files": runner.engine_state(),
             "best_at": runner._best_at,
@@ -282,6 +284,10 @@ class FaultTolerance:
         """Take the state of another group; random states and the position in the data stay this group's own."""
         runner, files = self.runner, state["files"]
         runner.train_state.load_state_dict(state["train"])
+        runner.rng_state.seed = state["seed"]
+        for split in runner.train_splits:  # a split is dealt in one order
+            if (sampler := runner.datasamplers.get(split)) is not None:
+                sampler.seed = state["seed"]
         runner.results.load_state_dict(state["results"])
         runner._best_at = state["best_at"]
         load_model_state(runner.model, files["model.pt"])
@@ -298,6 +304,20 @@ class FaultTolerance:
                 runner.ema.n_averaged.copy_(states["ema_updates"])
         self._healed = True
         runner.logger.info("took the state of another replica group at step %d", runner.global_step)
+
+    def _was_healed(self) -> bool:
+        """Whether any rank of this group has taken the state of another group since this was last asked."""
+        flag = torch.tensor(float(self._healed), device=self.runner.device)
+        self._healed = False
+        return bool(self.runner.all_reduce(flag))
+
+    def _equal_ranks(self) -> None:
+        """Give all ranks of this group the state of rank 0."""
+        runner = self.runner
+        state = runner.broadcast_object(map_state(self._state(), lambda tensor, _: tensor.cpu()))
+        if not runner.is_main_process:
+            self._heal(state)
+            self._healed = False
 
     def _find_position(self, epoch: int, positions: dict[str, Any]) -> None:
         """After a return: go on in this group's share of the epoch where its own file says, else start the share anew."""

@@ -195,6 +195,13 @@ class Reference:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
 
+def windows(found: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """The samples of each window, of all data ranks together."""
+    shares = {rank["data_rank"]: rank["seen"] for rank in found}
+    assert len({len(seen) for seen in shares.values()}) == 1, "data ranks ran different numbers of windows"
+    return [[number for share in parts for number in share] for parts in zip(*shares.values())]
+
+
 def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest difference between two sets of tensors, relative to the largest magnitude in each expected one.
 

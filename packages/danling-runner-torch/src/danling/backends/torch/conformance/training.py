@@ -68,20 +68,13 @@ def half_precision(place: Place) -> dict[str, Any]:
     return train(place, "run", precision="bf16", task__dtype="float32", optim__momentum=0.9)
 
 
-def windows(found: list[dict[str, Any]]) -> list[list[int]]:
-    """The samples of each window, of all data ranks together."""
-    shares = {rank["data_rank"]: rank["seen"] for rank in found}
-    assert len({len(seen) for seen in shares.values()}) == 1, "data ranks ran different numbers of windows"
-    return [[number for share in parts for number in share] for parts in zip(*shares.values())]
-
-
 def assert_equals_reference(
     found: list[dict[str, Any]], settings: Settings, optimizer: str, clip: float | None
 ) -> None:
     """Compare weights, losses and norms after every update."""
     import torch
 
-    from .task import Reference, difference
+    from .task import Reference, difference, windows
 
     tolerance = settings.tolerance
     plain = Reference(found[0]["start"], OPTIMIZERS[optimizer], clip)
@@ -110,7 +103,7 @@ def test_uneven_shares_of_data(found: list[Any], settings: Settings) -> None:
     """Ranks that run out of data keep the others company and count for nothing."""
     import torch
 
-    from .task import Reference, difference
+    from .task import Reference, difference, windows
 
     plain = Reference(found[0]["start"], {"type": "sgd", "lr": 0.1})
     for numbers in windows(found):
@@ -134,7 +127,7 @@ def test_replicas_are_equal_at_the_start_and_at_the_end(found: list[Any]) -> Non
 @shows(4, "reference")
 def test_every_sample_is_trained_on_once_per_epoch(found: list[Any]) -> None:
     """Windows of all ranks together hold each sample once, in each whole epoch."""
-    from .task import TRAIN
+    from .task import TRAIN, windows
 
     for case in CASES:
         numbers = [number for window in windows([rank[case] for rank in found]) for number in window]
@@ -145,7 +138,7 @@ def test_every_sample_is_trained_on_once_per_epoch(found: list[Any]) -> None:
 @shows(5, "half_precision")
 def test_losses_in_bf16(found: list[Any], settings: Settings) -> None:
     """Losses in bf16 stay close to those of the reference."""
-    from .task import Reference
+    from .task import Reference, windows
 
     if settings.bf16 is None:
         pytest.skip(f"{settings.claimant} has no bf16")
