@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -91,23 +91,25 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
         """Make the group as the torch stack does, then the meshes of all axes."""
         super().init_distributed()
         self.parallel = ParallelContext(self.topology, self.device.type)
+        comm = self.config.comm
+        self._set_timeouts(comm.init_timeout_seconds or comm.train_timeout_seconds)
 
     @property
     def device_mesh(self) -> Any:
         """The mesh of all axes."""
         return self.parallel.mesh
 
-    @property
+    @cached_property
     def data_degree(self) -> int:
         """Ranks that read different data."""
         return self.topology.degree("data")
 
-    @property
+    @cached_property
     def data_rank(self) -> int:
         """Number of this rank among those that read different data."""
         return self.topology.index("data")
 
-    @property
+    @cached_property
     def loss_degree(self) -> int:
         """Ranks whose losses, on parts of a batch, are averaged."""
         return self.topology.degree("loss")
@@ -206,7 +208,7 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
         if classes is None or classes:
             apply_activation_checkpointing(part, classes, options.checkpoint_impl)
 
-    @property
+    @cached_property
     def uses_fsdp(self) -> bool:
         """Whether FSDP2 averages gradients; DDP does when `replicate` is the only axis in use."""
         degrees = self.topology.degrees
@@ -310,13 +312,17 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
 
     def exchange_header(self, *, weight: float = 0.0, samples: int = 0, tokens: int = 0, **flags: Any) -> WindowHeader:
         """Tell all ranks about the window in hand: every part of the data once, requests of every rank."""
-        coordinates = self.topology.coordinates
-        counts_loss = not self.topology.index("model")
-        counts_data = counts_loss and not coordinates["context"]
+        counts_loss, counts_data = self._counts
         flags["never"] = flags.get("never", False) and counts_data
         return super().exchange_header(
             weight=weight * counts_loss, samples=samples * counts_data, tokens=tokens * counts_data, **flags
         )
+
+    @cached_property
+    def _counts(self) -> tuple[bool, bool]:
+        """Whether this rank speaks for its part of the losses, and of the samples: others hold the same."""
+        counts_loss = not self.topology.index("model")
+        return counts_loss, counts_loss and not self.topology.coordinates["context"]
 
     # Steps
 
@@ -327,11 +333,15 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
         self.synchronise(self.window.is_last)
         return self.forward_context()
 
+    @cached_property
+    def _sharded_modules(self) -> list[Any]:
+        return list(sharded_modules(self.model_parts))
+
     def synchronise(self, flag: bool) -> None:
         """Let FSDP2 reduce gradients in the backward passes from here on, or keep them."""
         if flag is not self._synchronises:
             self._synchronises = flag
-            for module in sharded_modules(self.model_parts):
+            for module in self._sharded_modules:
                 module.set_requires_gradient_sync(flag, recurse=False)
 
     def no_sync(self) -> AbstractContextManager:
@@ -388,12 +398,15 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     def switch_timeouts(self) -> None:
         """After the first update no group waits longer than `comm.train_timeout_seconds`."""
         super().switch_timeouts()
-        seconds = self.config.comm.train_timeout_seconds
-        if seconds:
-            try:
-                self.parallel.set_timeout(timedelta(seconds=seconds))
-            except (RuntimeError, NotImplementedError, ValueError) as error:
-                self.logger.warning("the time-out of a process group cannot be changed: %s", error)
+        self._set_timeouts(self.config.comm.train_timeout_seconds)
+
+    def _set_timeouts(self, seconds: int | None) -> None:
+        if not seconds:
+            return
+        try:
+            self.parallel.set_timeout(timedelta(seconds=seconds))
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            self.logger.warning("the time-out of a process group cannot be changed: %s", error)
 
     # Evaluation
 
