@@ -1,9 +1,9 @@
 """`RunnerConfig`: the typed, closed configuration of a run.
 
-This is the only module that imports chanfig, which imports torch when torch is installed. chanfig supplies attribute
-access, sections made on first touch, interpolation and files; types, closedness, identity and the command line are
-danling's, because chanfig converts by calling the annotated type (`bool("false")` is True, `int(1.5)` is 1), takes
-unknown arguments with a warning at most, and ignores the file a command line names.
+Only this module and `checking`, which it alone uses, import chanfig, which imports torch when torch is installed. chanfig
+supplies attribute access, sections made on first touch, interpolation and files; types, closedness, identity and the
+command line are danling's, because chanfig converts by calling the annotated type (`bool("false")` is True, `int(1.5)` is
+1), takes unknown arguments with a warning at most, and ignores the file a command line names.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from copy import deepcopy
 from os import PathLike
 from typing import Any, ClassVar, Self
 
-from chanfig import Config, Variable
+from chanfig import Config
 from chanfig.utils import Null
 
-from .aliases import RENAMED, SYNONYMS, canonical, conflict, place, translate, warn_renamed
-from .commandline import CommandLine, Row, check_value, help_text, problem, shown, split_arguments
+from .aliases import RENAMED, canonical, conflict, place, translate, warn_renamed
+from .checking import check, unknown
+from .commandline import CommandLine, Row, check_value, help_text, split_arguments
 from .configfile import dump_yaml, parse_yaml, plain, read_mapping
 from .contradictions import contradictions
 from .declared import (
@@ -28,24 +29,16 @@ from .declared import (
     default_of,
     held,
     hints_of,
-    is_required,
     is_untyped,
     joined,
-    to_number,
 )
 from .errors import ConfigError, UsageError
 from .identity import differences, identity_view
 from .keys import (
     ABSENT,
-    CONSTRUCTOR_SECTIONS,
-    ENVIRONMENT,
     KEYS,
-    SECTIONS,
-    SPLIT_SECTIONS,
     TOP_LEVEL,
     lookup,
-    nearest,
-    one_edit_away,
 )
 from .kinds import annotation_name, split_kind
 
@@ -297,7 +290,7 @@ class RunnerConfig(Config, metaclass=_Meta):
                 self._take(read_mapping(file))
             problems = line.problems + self._apply(line)
             if problems:
-                raise ConfigError(joined([*dict.fromkeys(problems + self._check())]))
+                raise ConfigError(joined([*dict.fromkeys(problems + check(self))]))
             return self.boot()
         except UsageError:
             raise
@@ -322,7 +315,7 @@ class RunnerConfig(Config, metaclass=_Meta):
             try:
                 value = check_value(new, words, converter, untyped)
                 if "." not in new and new not in TOP_LEVEL and annotation is None:
-                    raise ValueError(self._unknown(new, value))
+                    raise ValueError(unknown(self, new, value))
             except ValueError as error:
                 problems.append(str(error))
                 continue
@@ -358,7 +351,7 @@ class RunnerConfig(Config, metaclass=_Meta):
         Raises:
             ConfigError: as `validate`.
         """
-        self._check()  # `post` sees typed values
+        check(self)  # `post` sees typed values
         _run_posts(self)
         try:
             self.interpolate()
@@ -383,7 +376,7 @@ class RunnerConfig(Config, metaclass=_Meta):
         frozen = self.getattr("frozen", False)
         self.defrost()
         try:
-            problems = self._check()
+            problems = check(self)
             for text, name, value in self.__dict__.get("_conflicts", []):
                 if name is None or self.get(name, None) != value:
                     problems.append(text)
@@ -395,87 +388,6 @@ class RunnerConfig(Config, metaclass=_Meta):
         finally:
             if frozen:
                 self.freeze()
-
-    def _check(self) -> list[str]:
-        """Convert every value to its type in place; return a line for each that cannot be."""
-        _drop_empty(self)
-        _unwrap_variables(self)
-        problems: list[str] = []
-        hints, own = hints_of(type(self)), self.__dict__.get("_own", ())
-        for name, value in list(self.items()):
-            if name in SECTIONS:
-                problems += self._check_section(name, value)
-            elif name in KEYS:
-                problems += _convert_in(self, name, name, KEYS[name].convert)
-            elif name in hints:
-                problems += _convert_in(self, name, name, converter_of(hints[name]))
-                section = dict.get(self, name)
-                if isinstance(section, Config):
-                    problems += _check_user(name, section)
-            elif name in own:
-                continue
-            elif isinstance(value, Mapping) and name not in ENVIRONMENT:
-                near = next(
-                    (
-                        key
-                        for key in sorted(TOP_LEVEL | SYNONYMS.keys())
-                        if len(key) >= 5 and one_edit_away(str(name), key)
-                    ),
-                    None,
-                )
-                if near:
-                    problems.append(f"{name}: unknown section, one letter away from {near!r}; did you mean {near!r}?")
-                else:
-                    problems += _check_user(str(name), value)
-            else:
-                problems.append(self._unknown(str(name), value))
-        for name, hint in hints.items():
-            if name not in self and name not in TOP_LEVEL and is_required(hint):
-                problems.append(
-                    f"{name}: missing; {type(self).__name__} declares it as {annotation_name(hint)} without a default"
-                )
-        return problems
-
-    def _check_section(self, path: str, value: Any) -> list[str]:
-        if value is None:
-            dict.pop(self, path, None) if "." not in path else None
-            self.__dict__.pop(path, None)
-            return []
-        if not isinstance(value, Config):
-            hint = "; a checkpoint to continue from is now given as 'resume'" if path == "checkpoint" else ""
-            example = next(key for key in KEYS if key.startswith(f"{path}."))
-            return [problem(path, value, f"a section with keys such as {example!r}") + hint]
-        problems: list[str] = []
-        for name, item in list(value.items()):
-            full = f"{path}.{name}"
-            key = lookup(full)
-            if full in SECTIONS:
-                if item is None:
-                    value.pop(name)
-                elif isinstance(item, Config):
-                    problems += self._check_section(full, item)
-                else:
-                    problems.append(problem(full, item, "a section"))
-            elif key is not None:
-                problems += _convert_in(value, name, full, key.convert)
-            elif path in CONSTRUCTOR_SECTIONS:
-                value.set(name, to_number(item), convert_mapping=False)
-            elif path in SPLIT_SECTIONS and isinstance(item, Config):
-                problems += self._check_section(full, item)
-            else:
-                leaves = [k for k in KEYS if k.startswith(f"{path.split('.')[0]}.")]
-                problems.append(f"{full}: unknown key (value {shown(item)}); did you mean {nearest(full, leaves)!r}?")
-        return problems
-
-    def _unknown(self, name: str, value: Any) -> str:
-        if name in ENVIRONMENT:
-            return f"{name}: {shown(value)} is no configuration key; the environment variable {name.upper()} says it"
-        names = KEYS.keys() | TOP_LEVEL | hints_of(type(self)).keys() | {key for key in self if key != name}
-        return (
-            f"{name}: unknown key (value {shown(value)}); did you mean {nearest(name, names)!r}? A key of your own "
-            f"goes into a section of your own (model.{name}), or is annotated on a subclass of RunnerConfig "
-            f"({name}: {type(value).__name__})"
-        )
 
     # -- views
 
@@ -554,59 +466,6 @@ def _present(name: str) -> bool:
     """Whether a key is there from construction on; open mappings are left out so that a touch makes a section."""
     key = KEYS[name]
     return key.default is not ABSENT and "mapping" not in split_kind(key.kind)[0]
-
-
-def _convert_in(section: Config, name: Any, path: str, convert: Callable[[Any], Any]) -> list[str]:
-    value = dict.get(section, name)
-    try:
-        typed = convert(value)
-    except ValueError as error:
-        return [problem(path, value, str(error))]
-    if typed is not value:
-        dict.__setitem__(section, name, typed)
-        section.set(name, typed, convert_mapping=False)
-    return []
-
-
-def _check_user(path: str, section: Mapping[Any, Any]) -> list[str]:
-    """Type a section of the user's own by its annotations; anything else in it must be a value files can hold."""
-    problems: list[str] = []
-    hints = hints_of(type(section)) if isinstance(section, Config) else {}
-    for name, value in list(section.items()):
-        full = f"{path}.{name}"
-        if name in hints:
-            problems += _convert_in(section, name, full, converter_of(hints[name]))  # type: ignore[arg-type]
-            value = section[name]
-        if isinstance(value, Mapping):
-            problems += _check_user(full, value)
-        else:
-            try:
-                plain(value, full)
-            except ConfigError as error:
-                problems.append(str(error))
-    return problems
-
-
-def _drop_empty(section: Config) -> None:
-    """Remove sections that only a read has made."""
-    for name, value in list(section.items()):
-        if isinstance(value, Config):
-            _drop_empty(value)
-            if not value and value.getattr("made_by_a_read", False):
-                dict.pop(section, name)
-                section.__dict__.pop(name, None)
-
-
-def _unwrap_variables(section: Config) -> None:
-    """Put the plain value in place of each of chanfig's interpolated variables."""
-    for name, value in list(section.items()):
-        if isinstance(value, Config):
-            _unwrap_variables(value)
-        elif issubclass(type(value), Variable):
-            dict.__setitem__(section, name, value.value)
-            section.set(name, value.value, convert_mapping=False)
-        elif type(value) is list and any(issubclass(type(item), Variable) for item in value):
-            value[:] = [item.value if issubclass(type(item), Variable) else item for item in value]
 
 
 def _run_posts(section: Config) -> None:

@@ -12,7 +12,6 @@ from .configfile import parse_scalar
 from .keys import ABSENT, KEYS, TOP_LEVEL
 from .kinds import convert_annotation
 
-
 _CONTAINERS = (list, tuple, set, frozenset, Sequence)
 
 
