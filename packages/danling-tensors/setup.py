@@ -13,6 +13,7 @@ CPython and every torch from 2.10 on. Without a C++ compiler the wheel is a pure
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,12 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 METADATA = {"egg_info", "dist_info", "sdist"}  # commands that build nothing, and need no look at compilers
 PACKAGE = "danling.tensors.kernels"
-DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # torch 2.10: newer or unstable API does not compile
+DEFINES = [
+    ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # torch 2.10: newer or unstable API does not compile
+    # Bare hexadecimal digits; the package refuses a library that was built for other schemas.
+    ("DANLING_INTERFACE", runpy.run_path("src/danling/tensors/kernels/schemas.py")["INTERFACE"]),
+]
+CPU_SOURCES = ["copy.cpp", "reduce.cpp", "normalise.cpp", "scan.cpp"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden"]
 # No contraction, so that every CPU gives the same bits; what is ignored besides are floating exceptions and errno alone.
 CPU_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -113,7 +119,7 @@ def extensions(cpp_extension, torch) -> list[Extension]:
             raise SystemExit(f"DANLING_BUILD_CUDA=1, but {problem}")
         warn_pure(problem)
         return []
-    found = [library(cpp_extension, "cpu", ["copy.cpp", "reduce.cpp", "normalise.cpp", "scan.cpp"], flags={"cxx": [*CXX_FLAGS, *CPU_FLAGS]})]
+    found = [library(cpp_extension, "cpu", CPU_SOURCES, flags={"cxx": [*CXX_FLAGS, *CPU_FLAGS]})]
     toolkit = find_toolkit(cpp_extension)
     problem = "DANLING_BUILD_CUDA=0" if wish == "0" else cuda_problem(toolkit, torch)
     if problem is not None:

@@ -183,7 +183,8 @@ inline int32_t int64_code() {
 #define DANLING_BUILT_WITH(more)                                                     \
   extern "C" __attribute__((visibility("default"))) const char* danling_built_with() { \
     return "torch=" DANLING_EXPANDED(TORCH_VERSION_MAJOR) "." DANLING_EXPANDED(      \
-        TORCH_VERSION_MINOR) "." DANLING_EXPANDED(TORCH_VERSION_PATCH) more;         \
+        TORCH_VERSION_MINOR) "." DANLING_EXPANDED(TORCH_VERSION_PATCH) ";interface=" \
+            DANLING_EXPANDED(DANLING_INTERFACE) more;                                \
   }
 
 } // namespace danling

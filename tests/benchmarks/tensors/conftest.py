@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support.ratios import Board
 
 from danling.tensors import kernels
+from support.ratios import Board
 
 
 @pytest.fixture(scope="session")

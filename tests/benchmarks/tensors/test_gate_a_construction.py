@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-from support.ratios import Board
 from torch import Tensor
 
 from danling.tensors import NestedTensor
+from support.ratios import Board
 
 from .batches import MARKS, jagged, parts_of
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.ratios import Board
 
 from danling.tensors import NestedTensor
+from support.ratios import Board
 
 from .batches import MARKS, OCCUPANCIES, SIZES, jagged, lengths_of, op, parts_of
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.ratios import Board
 
 from danling.tensors import NestedTensor
+from support.ratios import Board
 
 from .batches import MARKS, OCCUPANCIES, SIZES, lengths_of, op, parts_of
 
@@ -35,7 +35,7 @@ def test_padded_to_packed(board: Board, width: int, occupancy: float) -> None:
         return mask.sum(), values.clone()
 
     failures = []
-    for gate, limit, what, call, against, base in (
+    for gate, limit, what, call, than, base in (
         ("c1", 1.3, "from_padded", lambda: NestedTensor.from_padded(padded, lengths), against, values.clone),
         (
             "c2",
@@ -47,7 +47,7 @@ def test_padded_to_packed(board: Board, width: int, occupancy: float) -> None:
         ),
     ):
         try:
-            board.gate(gate, case, what, against, limit, call, base)
+            board.gate(gate, case, what, than, limit, call, base)
         except AssertionError as error:
             failures.append(str(error))
     assert not failures, failures

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.ratios import Board
 from torch import Tensor, nn
 
 from danling.tensors import NestedTensor
+from support.ratios import Board
 
 from .batches import MARKS, jagged, parts_of
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.ratios import Board
 from torch import Tensor
 
 from danling.tensors import NestedTensor
+from support.ratios import Board
 
 from .batches import MARKS, jagged, lengths_of, parts_of
 

@@ -1,4 +1,4 @@
-"""The operators of the ``danling`` namespace: their schemas, their shapes for tracing, and the reference for every device.
+"""The operators of the ``danling`` namespace: their shapes for tracing, and the reference for every device.
 
 A compiled library only adds kernels for its own device; wherever none is loaded, the reference serves.
 """
@@ -9,23 +9,7 @@ import torch
 from torch import Tensor
 
 from danling.tensors.kernels import reference
-
-SCHEMAS = {
-    "pad": "(Tensor values, Tensor offsets, Tensor? sizes, SymInt[] max_sizes, Tensor fill) -> Tensor",
-    "unpad": "(Tensor padded, Tensor offsets, Tensor? sizes, SymInt rows) -> Tensor",
-    "pack": "(Tensor[] tensors) -> Tensor",
-    "pad_list": "(Tensor[] tensors, SymInt[] max_sizes, Tensor fill) -> Tensor",
-    "prefix_lengths": "(Tensor mask) -> Tensor",
-    "segment_expand": "(Tensor per_segment, Tensor offsets, SymInt rows) -> Tensor",
-    "segment_sum": "(Tensor values, Tensor offsets) -> Tensor",
-    "segment_mean": "(Tensor values, Tensor offsets) -> Tensor",
-    "segment_max": "(Tensor values, Tensor offsets) -> (Tensor, Tensor)",
-    "segment_min": "(Tensor values, Tensor offsets) -> (Tensor, Tensor)",
-    "segment_softmax": "(Tensor values, Tensor offsets, bool log) -> Tensor",
-    "segment_softmax_backward": "(Tensor grad, Tensor output, Tensor offsets, bool log) -> Tensor",
-    "segment_logsumexp": "(Tensor values, Tensor offsets) -> Tensor",
-    "segment_cumsum": "(Tensor values, Tensor offsets, bool reverse) -> Tensor",
-}
+from danling.tensors.kernels.schemas import SCHEMAS
 
 library = torch.library.Library("danling", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():

@@ -151,10 +151,12 @@ def run(
     dim: Any,
     keepdim: bool,
     segment: Callable[[Plan, Tensor], Any],
+    *,
+    plan: Plan | None = None,
     **settings: Any,
 ) -> Any:
     """Reduce by `func` on values where only static dims or all rows are involved, else by `segment(plan, sorted)`."""
-    plan = Plan(func, x, dim, keepdim)
+    plan = plan or Plan(func, x, dim, keepdim)
     values = values_of(x)
     if plan.whole and not keepdim:
         return func(values.reshape(-1) if values.dim() != 1 else values, **settings)
@@ -288,6 +290,8 @@ def segment_extremum(plan: Plan, values: Tensor, largest: bool) -> Tensor:
     if plan.static:
         values = (torch.amax if largest else torch.amin)(values, plan.static)
     offsets = _offsets(plan, values)
+    if not (values.requires_grad and torch.is_grad_enabled()) and values.dtype != torch.bool:
+        return (kernels.segment_max if largest else kernels.segment_min)(values, offsets)[0]
     if values.dtype == torch.bool:
         return _Extremum.apply(values.to(torch.uint8), offsets, largest).bool()
     return _Extremum.apply(values, offsets, largest)
@@ -298,7 +302,7 @@ def amax(func: Any, x: Any, dim: Any = (), keepdim: bool = False) -> Any:
     largest = names(func) == "amax"
     plan = Plan(func, x, dim, keepdim)
     plan.need_values()
-    return run(func, x, dim, keepdim, lambda plan, values: segment_extremum(plan, values, largest))
+    return run(func, x, dim, keepdim, lambda plan, values: segment_extremum(plan, values, largest), plan=plan)
 
 
 @register("reduction", "aminmax")
