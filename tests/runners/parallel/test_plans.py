@@ -32,23 +32,11 @@ def test_sequences_of_which_ranks_hold_parts() -> None:
 
 
 @pytest.mark.slow
-def test_two_axes_at_once() -> None:
+def test_two_axes_at_once_and_compiled() -> None:
     passes(
         4,
         "forward:tensor=2,context=2",
-        "train:tensor=2,context=2",
-        "train:shard=2,tensor=2",
-        "train:replicate=2,context=2",
-    )
-
-
-@pytest.mark.slow
-def test_experts_beside_other_axes() -> None:
-    passes(4, "experts:expert=2,expert_tensor=2", "experts:shard=2,expert=2", "experts:context=2,expert=2")
-
-
-@pytest.mark.slow
-def test_more_ranks_and_other_ways_to_run() -> None:
-    passes(
-        4, "forward:tensor=4", "train:shard=2,context=2", "checkpoint:shard=2,tensor=2", "compiled:tensor=2,context=2"
+        "forward:tensor=4",
+        "checkpoint:shard=2,tensor=2",
+        "compiled:tensor=2,context=2",
     )

@@ -62,6 +62,22 @@ class Split:
         Raises:
             ValueError: a mask has another shape.
         """
+        attend = _attend_eagerly if self.heads is not None and self.dropout and self.training else Split._attend
+        return attend(
+            self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: pass the mask too")
         batched = query.dim() == 3
@@ -213,6 +229,10 @@ class Split:
         elif self.heads is not None:
             weights = join(weights, self.heads, 1)
         return weights if batched else weights.squeeze(0)
+
+
+# Random numbers of a rank's own break a graph, here between views of one tensor, which compilers refuse to hand over.
+_attend_eagerly = torch.compiler.disable(Split._attend)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
