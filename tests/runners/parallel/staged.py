@@ -81,7 +81,26 @@ def transformer(dropout: float) -> nn.Module:
     return nn.Sequential(Tokens(False), nn.Linear(1, 8), *layers, Tokens(True), nn.Linear(8, 3))
 
 
-MODELS = {"sequential": sequential, "named": Named, "transformer": transformer}
+class Plain(Named):
+    """One that cannot be cut by itself."""
+
+    build_pipeline_model_part = None  # type: ignore[assignment]
+
+
+class Untied(Named):
+    """Shares weights between both ends and does not say so."""
+
+    _tied_weights_keys = None  # type: ignore[assignment]
+
+
+MODELS = {
+    "sequential": sequential,
+    "named": Named,
+    "transformer": transformer,
+    "plain": Plain,
+    "untied": Untied,
+    "none": lambda dropout: None,
+}
 
 
 class Noisy(Points):
@@ -97,7 +116,10 @@ class Staged(Runner):
     def __init__(self, config: Any, options: dict[str, Any]) -> None:
         super().__init__(config)
         torch.manual_seed(7 + self.rank * options.get("x_seed", 0))
-        self.model = MODELS[options.get("x_model", "sequential")](options.get("x_dropout", 0.0)).double()
+        self.options = options
+        self.model = MODELS[options.get("x_model", "sequential")](options.get("x_dropout", 0.0))
+        if self.model is not None:
+            self.model.double()
         self.set_seed()
         self.criterion = nn.CrossEntropyLoss(ignore_index=-1, reduction=options.get("x_reduction", "mean"))
         self.datasets.train = (Noisy if options.get("x_noisy") else Points)(options.get("x_count", 49))
@@ -109,9 +131,20 @@ class Staged(Runner):
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.seen: list[Any] = []
+        self.inferred: list[str] = []
         self.on("step", lambda runner, event: self.norms.append(float(self.grad_norm or 0)))
 
+    def infer_step(self, data: Any) -> list[Any]:
+        self.inferred.append(type(data).__name__)
+        return super().infer_step(data)
+
     def train_step(self, data: Any) -> tuple[Any, Any]:
+        if self.options.get("x_own_step"):
+            loss = sum(parameter.sum() for parameter in self.model.parameters())
+            self.advance(loss)
+            return None, loss
+        if self.train_state.micro_step == self.options.get("x_poisoned") and isinstance(data, list):
+            data = [data[0] * torch.nan, *data[1:]]
         if isinstance(self.datasets.train, Noisy) and isinstance(data, list):
             self.seen.append([data[0].tolist(), data[1].tolist()])
         prediction, loss = super().train_step(data)
@@ -121,13 +154,31 @@ class Staged(Runner):
 
 
 def run(overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One run, or the error that it ends with where `x_fails` expects one."""
     options = {key: overrides.pop(key) for key in list(overrides) if key.startswith("x_")}
+    try:
+        found = run_to_its_end(overrides, options, folder)
+    except Exception as error:
+        if not options.get("x_fails"):
+            raise
+        return {"error": type(error).__name__, "text": str(error)}
+    assert not options.get("x_fails"), "no error was raised"
+    return found
+
+
+def run_to_its_end(overrides: dict[str, Any], options: dict[str, Any], folder: Path) -> dict[str, Any]:
     with Staged(tiny_config(folder / "runs", **overrides), options) as runner:
-        if "x_stop" in options:
-            runner.on("step", lambda runner, event: event.global_step == options["x_stop"] and runner.request_stop("t"))
+        if options.get("x_stop", [None])[0] == runner.rank:
+            runner.on(
+                "step", lambda runner, event: event.global_step == options["x_stop"][1] and runner.request_stop("t")
+            )
+        if options.get("x_unsized"):
+            runner.dataloaders.stream = (batch for batch in runner.dataloaders.val)
+            runner.infer("stream", stream=True)
         runner.train()
         entries = runner.infer("val", gather=True)
         own = runner.infer("val")
+        streamed = [len(batch) for batch in runner.infer("val", stream=True)]
         return {
             "weights": runner.broadcast_object({k: v.tolist() for k, v in runner.export_state(ema=False).items()}),
             "results": runner.results.rows(),
@@ -138,8 +189,11 @@ def run(overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
             "seen": runner.seen,
             "entries": [entry.tolist() for entry in entries],
             "own": len(own),
+            "streamed": streamed,
+            "inferred": sorted(set(runner.inferred)),
             "last": getattr(runner, "pipeline_has_last_stage", True),
             "rate": [group["lr"] for group in runner.optimizer.param_groups],
+            "dir": str(runner.dir),
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,72 @@ def test_first_and_last_stage_augment_alike(tmp_path):
         assert first["seen"] == last["seen"] and len(first["seen"]) == 14
         assert first["seen"][0] != first["seen"][7]
     assert ranks[0][0]["seen"] == ranks[0][1]["seen"]  # in the process, or in a worker
+
+
+SHORT = {**COMMON, **SGD, **PIPELINE, "epochs": 1}
+REFUSED = {
+    "unknown schedule": (
+        {"parallel__pipeline_schedule": "fast"},
+        "ConfigError",
+        "'fast'; the schedules are 1F1B, GPipe",
+    ),
+    "microbatches": ({"parallel__pipeline_n_microbatches": 3}, "ConfigError", "8 rows cannot be cut into .*= 3 equal"),
+    "no way to cut": (
+        {"x_model": "plain"},
+        "ConfigError",
+        "Plain cannot be cut .*build_pipeline_model_part.*module_fqns",
+    ),
+    "missing": ({"parallel__module_fqns_per_model_part": [["0"], ["3", "6"]]}, "ConfigError", "no .*stage holds '9'"),
+    "one stage too many": (
+        {"parallel__module_fqns_per_model_part": [["0"], ["3"], ["6"]]},
+        "ConfigError",
+        "3 stages, no multiple of the 2 ranks",
+    ),
+    "not declared as tied": (
+        {"x_model": "untied"},
+        "ConfigError",
+        "'embed.weight' and 'head.weight' would be trained apart",
+    ),
+    "no model": ({"x_model": "none"}, "ValueError", "has no model"),
+    "class that does not occur": (
+        {"activation_checkpoint__enabled": True, "activation_checkpoint__module_classes": ["Conv2d"]},
+        "ConfigError",
+        "activation_checkpoint.module_classes.*Conv2d",
+    ),
+    "cut backward, compiled": (
+        {"compile__enable": True, "parallel__pipeline_schedule": "ZBVZeroBubble"},
+        "ConfigError",
+        "ZBVZeroBubble runs the backward pass",
+    ),
+    "a step of one's own": ({"x_own_step": True}, "RuntimeError", "the schedule runs forward and backward"),
+    "unsized": ({"x_unsized": True}, "ValueError", "'stream' has no length"),
+}
+
+
+def test_what_a_pipeline_refuses(tmp_path):
+    runs = [{**SHORT, **case, "x_fails": True, "name": f"r{i}"} for i, (case, _, _) in enumerate(REFUSED.values())]
+    ranks = start(tmp_path / "two", 2, runs)
+    for index, (what, (_, kind, message)) in enumerate(REFUSED.items()):
+        for rank in ranks:
+            assert rank[index]["error"] == kind, (what, rank[index])
+            assert re.search(message, rank[index]["text"], re.DOTALL), (what, rank[index])
+
+
+def test_decisions_are_those_of_all_stages(tmp_path):
+    """A NaN that only the last stage sees is skipped everywhere; a stop on one rank stops all; any rank goes on from there."""
+    case = {**LIVELY, "skip_nonfinite_grad": True, "x_poisoned": 4, "activation_checkpoint__enabled": True}
+    case |= {"activation_checkpoint__module_classes": ["Tanh"], "name": "skip", "x_count": 48}
+    stopped = {**LIVELY, "name": "stop", "x_stop": [1, 5]}
+    ranks = start(tmp_path / "two", 2, [case, stopped, {**stopped, "auto_resume": True, "x_stop": [0, 9]}])
+    for rank in ranks:
+        skip, stop, more = rank
+        assert skip["state"]["skipped"] == 1 and skip["state"]["global_step"] == 11
+        assert 5 <= stop["state"]["global_step"] <= 6 and 9 <= more["state"]["global_step"] <= 10
+        assert [one["weights"] for one in rank] == [one["weights"] for one in ranks[0]]
+        assert all(math.isfinite(value) for value in flat(skip["weights"]))
+    first, last = ranks[0][0], ranks[1][0]
+    assert first["inferred"] == ["list"] and last["inferred"] == ["NoneType"]
+    assert first["streamed"] == [0] * 3 and last["streamed"] == [8, 8, 5] and first["own"] == 0
 
 
 LIVELY = {

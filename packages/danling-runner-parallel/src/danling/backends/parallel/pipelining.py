@@ -103,7 +103,9 @@ class Pipelining(_Host):
         """
         name, degree = self._schedule_name, self.topology.degrees["pipeline"]
         names = self.config.parallel.module_fqns_per_model_part
-        given = len(names) if names is not None else len(self.model_parts) * degree if self.model is None else None
+        given = None if names is None else len(names)
+        if self.model is None and self.model_parts:
+            given = len(self.model_parts) * degree
         return stage_indices(name, self.topology.coordinates["pipeline"], degree, count_stages(name, degree, given))
 
     @cached_property
@@ -221,7 +223,7 @@ class Pipelining(_Host):
         """
         names = self.config.parallel.module_fqns_per_model_part
         if names is None:
-            if hasattr(self.model, "build_pipeline_model_part"):
+            if callable(getattr(self.model, "build_pipeline_model_part", None)):
                 return self.model.build_pipeline_model_part(stage, num_stages)
             if not isinstance(self.model, nn.Sequential):
                 raise ConfigError(f"{type(self.model).__name__} cannot be cut into pipeline stages by itself: {WAYS}")
