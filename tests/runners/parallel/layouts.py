@@ -68,7 +68,7 @@ class Model(nn.Module):
 
 
 class Language(Runner):
-    """Reads its own section `language`: count, dropout, norm, meta, dtype, poisoned, drift."""
+    """Reads its own section `language`: count, dropout, norm, meta, dtype, poisoned, drift, bound."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -83,6 +83,8 @@ class Language(Runner):
         self.criterion = nn.CrossEntropyLoss(ignore_index=IGNORED)
         self.datasets.train = Sentences(self.options["count"])
         self.datasets.val = Sentences(19, seed=1)
+        if self.options.get("bound"):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.on("step", lambda runner, event: runner.norms.append(float(runner.grad_norm or 0)))

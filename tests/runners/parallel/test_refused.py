@@ -70,6 +70,7 @@ def test_refused_on_two_ranks(tmp_path):
         assert {"ConfigError", "NotImplementedError", "ValueError"} <= set(found["expert"]["bases"])
 
 
+@pytest.mark.slow
 def test_checkpoints_and_other_layouts(tmp_path):
     """Full resumes need the degrees that split tensors; weights and seed checkpoints go everywhere, also over stacks."""
     case = {**ADAMW, "dataloader__batch_size": 6, "steps": 4, "eval_interval": 2, "checkpoint__interval": 2}

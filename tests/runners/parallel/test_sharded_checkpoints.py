@@ -58,3 +58,18 @@ def test_other_degrees_go_on_with_the_same_numbers(tmp_path):
         for key in KEPT:
             last = expected[key][-len(found[key]) :] if key == "norms" else expected[key]
             close(found[key], last, key, rel=1e-6 if key == "entries" else 1e-9)
+
+
+CRASHES = ["save.file@1:9", "step.end:11", "save.manifest_tmp:3", "save.rename:4", "evaluate.batch@1:3"]
+
+
+@pytest.mark.parametrize("crash", [CRASHES[0], *(pytest.param(point, marks=pytest.mark.slow) for point in CRASHES[1:])])
+def test_killed_and_resumed_is_the_run_that_was_not(tmp_path, crash):
+    case = layout({**LIVELY, "accum_steps": 1}, 2, shard=2)
+    codes = start(tmp_path, 2, {"killed": [case]}, crash=crash)
+    assert 137 in codes and 0 not in codes, codes
+    for found in start(tmp_path, 2, {"killed": [{**case, **RESUMED}], "straight": [case]}):
+        for key in KEPT:
+            killed, straight = found["killed"][key], found["straight"][key]
+            assert killed == (straight[-len(killed) :] if key == "norms" else straight), key
+        assert len(found["killed"]["norms"]) < 20
