@@ -72,6 +72,22 @@ class Tiny(Runner):
         return prediction, loss
 
 
+class StepCounter:
+    """A callback that counts updates and remembers them in checkpoints."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step(self, runner: Any, event: Any) -> None:
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.steps = state["steps"]
+
+
 def tiny_config(root: Path | str, **overrides: Any) -> dict[str, Any]:
     """A configuration as a mapping; dotted names with `__` for the dot."""
     config: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import nn
 
 from danling.runners import ResumeError, Runner, read_metrics
 from danling.runners.events import EVENTS
-from support.tiny import Tiny, tiny_config
+from support.tiny import StepCounter, Tiny, tiny_config
 
 
 class Everything:
@@ -33,22 +33,6 @@ class Everything:
 
     def names(self):
         return [name for name, *_ in self.heard]
-
-
-class Counter:
-    name = "counter"
-
-    def __init__(self):
-        self.steps = 0
-
-    def on_step(self, runner, event):
-        self.steps += 1
-
-    def state_dict(self):
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state):
-        self.steps = state["steps"]
 
 
 def test_the_events_of_a_run_in_their_order(tmp_path):
@@ -118,13 +102,13 @@ def test_what_a_listener_raises_about_an_error_is_chained_to_it(tmp_path):
 
 def test_the_state_of_callbacks_goes_with_the_run(tmp_path):
     with Tiny(tiny_config(tmp_path, epochs=1)) as runner:
-        runner.callbacks.append(Counter())
+        runner.callbacks.append(StepCounter())
         runner.train()
 
     class WithCounter(Tiny):
         def __init__(self, config):
             super().__init__(config)
-            self.callbacks.append(Counter())
+            self.callbacks.append(StepCounter())
 
     with WithCounter(tiny_config(tmp_path, epochs=2, auto_resume=True)) as runner:
         assert runner.callbacks[0].steps == 6
@@ -134,7 +118,7 @@ def test_the_state_of_callbacks_goes_with_the_run(tmp_path):
     class WithAnother(WithCounter):
         def __init__(self, config):
             super().__init__(config)
-            another = Counter()
+            another = StepCounter()
             another.name = "another"
             self.callbacks.append(another)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from danling.runners import ResumeError
-from support.tiny import Tiny, final_state, tiny_config
+from support.tiny import StepCounter, Tiny, final_state, tiny_config
 
 VARIANTS = {
     "epochs": {},
@@ -114,7 +114,7 @@ class WithMore(Tiny):
     def __init__(self, config):
         super().__init__(config)
         self.mine = torch.zeros(2)
-        self.counter = Counter()
+        self.counter = StepCounter()
         self.callbacks.append(self.counter)
 
     def state_dict(self):
@@ -123,19 +123,6 @@ class WithMore(Tiny):
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.mine = state["mine"]
-
-
-class Counter:
-    steps = 0
-
-    def on_step(self, runner, event):
-        self.steps += 1
-
-    def state_dict(self):
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state):
-        self.steps = state["steps"]
 
 
 def test_what_the_user_adds_travels_along(tmp_path):

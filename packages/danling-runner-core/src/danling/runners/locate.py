@@ -69,11 +69,7 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> list[CheckpointInfo]:
     Directories without a readable manifest are left out.
     """
     found = []
-    try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    for entry in entries:
+    for entry in _entries(directory):
         if entry.name.startswith(".") or entry.is_symlink() or not entry.is_dir():
             continue
         try:
@@ -186,13 +182,16 @@ def _checkpoint_dir_name(run: Path) -> str:
         return "checkpoints"
 
 
-def _unreadable(directory: str | os.PathLike[str]) -> list[tuple[Path, str]]:
-    found = []
+def _entries(directory: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        return sorted(os.scandir(directory), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    for entry in entries:
+
+
+def _unreadable(directory: str | os.PathLike[str]) -> list[tuple[Path, str]]:
+    found = []
+    for entry in _entries(directory):
         if NUMBERED.fullmatch(entry.name) and not entry.is_symlink() and entry.is_dir():
             try:
                 read_manifest(entry.path)
