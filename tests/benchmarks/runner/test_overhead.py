@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.filterwarnings("ignore")]
 LIMIT = 25.0
 
 
-def danling(folder, loader, metrics):
+def danling(folder, loader, metrics, bar=False):
     class Bench(Runner):
         def __init__(self, config):
             super().__init__(config)
@@ -36,7 +36,7 @@ def danling(folder, loader, metrics):
             if metrics:
                 self.metrics = multiclass_metrics(10)
 
-    config = {"workspace_root": folder, "steps": UPDATES, "log_interval": CHUNK, "eval_interval": 0}
+    config = {"workspace_root": folder, "steps": UPDATES, "log_interval": CHUNK, "eval_interval": 0, "progress": bar}
     with Bench({**config, "checkpoint": {"load_only": True}}) as runner:
         runner.train()
 
@@ -116,6 +116,7 @@ def lightning(folder, loader, full):
 LOOPS = {
     "danling, loss": lambda folder, loader: danling(folder, loader, False),
     "danling, loss and default metrics": lambda folder, loader: danling(folder, loader, True),
+    "danling, loss, default metrics, bar": lambda folder, loader: danling(folder, loader, True, bar=True),
     "ignite, running loss": ignite,
     "accelerate, bare": accelerate,
     "lightning, bare": lambda folder, loader: lightning(folder, loader, False),
