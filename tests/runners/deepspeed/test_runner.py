@@ -196,6 +196,31 @@ def test_the_mapping_of_the_engine_is_kept(saved):
     assert runner.engine.config == runner.settings.engine
 
 
+def test_a_check_that_is_turned_off(tmp_path):
+    given = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    with Sharded(config(tmp_path, 1, deepspeed=given)) as runner:
+        assert "non-finite gradients" not in runner.describe_engine()
+
+
+def test_a_seed_checkpoint(tmp_path):
+    with Sharded(config(tmp_path / "first", 3)) as runner:
+        runner.save_seed_checkpoint()
+        weights = runner.export_state()
+    with Sharded(config(tmp_path / "second", 1, pretrained=str(checkpoint(runner, "seed")))) as other:
+        same(other.export_state(), weights)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloading(tmp_path, saved, stage):
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    zero |= {"offload_param": {"device": "cpu"}} if stage == 3 else {}
+    runner, weights = train(tmp_path, deepspeed={"zero_optimization": zero})
+    same(weights, saved[stage][1], 1e-6)
+    with Sharded(config(tmp_path, deepspeed={"zero_optimization": zero}, epochs=2, resume="latest")) as more:
+        same(more.export_state(), weights)
+        more.train()
+
+
 def test_the_summary_at_the_start(tmp_path, capsys):
     train(tmp_path, 1, log_interval=None)
     said = capsys.readouterr().out

@@ -125,6 +125,11 @@ WRONG = [
     ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, ["exclude each other"]),
     ({}, {"precision": "fp16"}, ["fp16", "accelerator", "bf16"]),
     ({"fp16": {"enabled": True}}, {}, ["fp16", "accelerator"]),
+    (
+        {"bf16": {"enabled": True, "check_grad_overflow": False}},
+        {"skip_nonfinite_grad": True},
+        ["check_grad_overflow", "skip_nonfinite_grad"],
+    ),
     ({"optimizer": {"type": "AdamW"}}, {"optim__type": "adamw"}, ["deepspeed.optimizer", "optim.type: 'adamw'"]),
     (
         {"scheduler": {"type": "WarmupLR"}},

@@ -86,7 +86,8 @@ class DeepSpeedRunner(TorchRunner):
     def describe_engine(self) -> dict[str, str]:
         """What the start summary says of the engine."""
         said = {"engine": f"ZeRO {self.settings.stage}", "saves": "synchronous"}
-        if hasattr(getattr(self.engine, "optimizer", None), "overflow") and not self.skip_nonfinite_grad:
+        looks = self.updater is not None and self.updater.engine_looks
+        if looks and not self.skip_nonfinite_grad:
             said["non-finite gradients"] = "skipped by the engine, although skip_nonfinite_grad is off"
         return said
 

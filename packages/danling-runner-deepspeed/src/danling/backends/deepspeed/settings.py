@@ -83,6 +83,10 @@ def read_settings(config: Mapping[str, Any], *, world_size: int = 1, device: str
     _batch(given, config, world_size, problems)
     _clipping(given, config, problems)
     precision = _precision(given, config["precision"], device, problems)
+    if config["skip_nonfinite_grad"] and _find(given, "bf16.check_grad_overflow") is False:
+        problems.append(
+            "deepspeed.bf16.check_grad_overflow: False contradicts skip_nonfinite_grad: True; leave one of them out"
+        )
     makes_optimizer = _optimizer(given, config, problems)
     stage = _stage(given, problems)
     if config["ema"]["enabled"] and stage == 3:

@@ -20,13 +20,21 @@ class EngineStep:
         scheduler: it moves once per applied update.
         interval: `"step"` or `"epoch"`: when the scheduler moves.
         skip_nonfinite: skip updates with infinite or NaN gradients where the engine does not look for them.
+
+    Attributes:
+        engine_looks: whether the engine skips such updates, whatever it is told here.
     """
 
     def __init__(self, engine: Any, optimizer: Any, scheduler: Any, *, interval: str, skip_nonfinite: bool) -> None:
         self.engine = engine
-        self._looks_itself = not hasattr(engine.optimizer, "overflow")  # no ZeRO, no reduced precision
-        self._skips_itself = self._looks_itself and skip_nonfinite
-        self._measures = self._looks_itself and (skip_nonfinite or engine.gradient_clipping() > 0)
+        reports = hasattr(engine.optimizer, "overflow")  # with ZeRO, and in reduced precision
+        self.engine_looks = reports and not (
+            engine.bfloat16_enabled()
+            and engine.zero_optimization_stage() in (1, 2)
+            and not engine.optimizer.check_grad_overflow
+        )
+        self._skips_itself = skip_nonfinite and not reports
+        self._measures = not reports and (skip_nonfinite or engine.gradient_clipping() > 0)
         self._parameters = [p for p in engine.module.parameters() if p.requires_grad] if self._measures else []
         self._schedule = OptimizerStep(optimizer, scheduler, interval=interval)
         self._follows_steps = scheduler is not None and interval == "step"
