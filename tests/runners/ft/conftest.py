@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,14 @@ def lighthouse(tmp_path):
     command = [str(LIGHTHOUSE), "--bind", f"[::]:{port}", *(f"--{name}={value}" for name, value in options.items())]
     with open(tmp_path / "lighthouse.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("localhost", port), timeout=1).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "lighthouse.log").read_text()
+            time.sleep(0.05)
     yield f"http://localhost:{port}"
     process.kill()
     process.wait()
@@ -44,14 +53,15 @@ class Groups:
         order |= {"name": name, "config": {**ft, **(config or {})}}
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
         torchrun += ["--master_port", str(free_port()), "--max_restarts", "0"]
-        log = open(self.folder / f"{name}-{replica}.log", "w")
-        process = subprocess.Popen(
-            [*torchrun, str(JOB), str(self.folder), json.dumps(order)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "TORCHFT_LIGHTHOUSE": self.address, "OMP_NUM_THREADS": "1", "RUST_LOG": "warn"},
-            start_new_session=True,
-        )
+        environment = {"TORCHFT_LIGHTHOUSE": self.address, "OMP_NUM_THREADS": "1", "RUST_LOG": "warn"}
+        with open(self.folder / f"{name}-{replica}.log", "w") as log:
+            process = subprocess.Popen(
+                [*torchrun, str(JOB), str(self.folder), json.dumps(order)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
         self.processes.append((f"{name}-{replica}", process))
         return process
 

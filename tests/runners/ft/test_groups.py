@@ -14,11 +14,13 @@ def assert_equal(one, other):
         assert value.equal(other[name]), name
 
 
-def test_two_groups_train_in_step(groups):
+@pytest.mark.parametrize("layout", [{}, {"stack": "parallel", "parallel.axes.shard": 2}], ids=["ddp", "sharded"])
+def test_two_groups_train_in_step(groups, layout):
     """Unequal seeds, two ranks each: equal weights, which are those of one process on the concatenated batch."""
     from danling.backends.torch.conformance.task import Reference, difference, windows
 
     config = {"steps": 8, "accum_steps": 2, "ft.min_replica_size": 2, "optim.momentum": 0.9, "log_interval": 1}
+    config |= layout
     for replica in range(2):
         groups.start(replica, 2, config=config)
     groups.wait()

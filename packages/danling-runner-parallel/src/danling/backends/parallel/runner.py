@@ -51,7 +51,7 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     stack: ClassVar[str | None] = "parallel"
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
     axes: ClassVar[frozenset[str]] = frozenset(AXES)
-    features: ClassVar[frozenset[str]] = frozenset({"dcp", "fsdp"})
+    features: ClassVar[frozenset[str]] = frozenset({"dcp", "fsdp", "ft"})
 
     topology: ParallelTopology
     parallel: ParallelContext
@@ -78,6 +78,14 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
             raise ConfigError("checkpoint.backend: 'file' cannot hold sharded state; leave it at auto, or use dcp")
         self.model_parts = []
         self.topology = self.build_topology()
+        degrees = self.topology.degrees
+        if self.config.ft.enabled and (
+            others := [axis for axis in AXES if axis not in ("replicate", "shard") and degrees[axis] > 1]
+        ):
+            raise ConfigError(
+                f"ft.enabled: replica groups go with the axes replicate and shard alone, and parallel.axes.{others[0]} is "
+                f"{degrees[others[0]]}; leave it at 1, or ft.enabled off"
+            )
 
     def build_topology(self) -> ParallelTopology:
         """The layout of the ranks over the axes; the default reads `parallel.axes`.
@@ -127,6 +135,8 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
         if bias is None:
             topology = self.topology
             bias = topology.index("loss") + topology.degree("loss") * topology.coordinates["pipeline"]
+            if self.config.ft.enabled:
+                bias += self.config.ft.replica_id * self.world_size
         return super().set_seed(seed, bias)
 
     # Model

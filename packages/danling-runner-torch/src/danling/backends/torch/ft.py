@@ -11,7 +11,7 @@ import importlib.util
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,22 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from danling.runners.errors import ConfigError
-
-from .payload import load_model_state, load_optimizer_state
+from .healing import local, shared_state, take_state
 from .positions import Positions
-from .snapshot import map_state
-from .window import Window
 
 if TYPE_CHECKING:
     from .distributed import WindowHeader
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
 MAX_REFUSALS = 10
-SHARED_COUNTERS = (
-    "global_step", "micro_step", "epoch", "phase", "samples", "tokens", "skipped", "skipped_in_a_row", "row",
-    "epoch_ended", "evaluated_step",
-)  # fmt: skip
 
 
 def require_torchft() -> None:
@@ -84,6 +76,7 @@ class FaultTolerance:
             state_dict=self._state,
             min_replica_size=options.min_replica_size,
             use_async_quorum=False,  # a group that was behind is healed before it computes anything
+            init_sync=False,  # it would give each rank of a group the weights of another one
             timeout=self.timeout,
             quorum_timeout=self.timeout,
             connect_timeout=self.timeout,
@@ -159,8 +152,6 @@ class FaultTolerance:
         self._form_quorum(max(self.timeout, timedelta(seconds=seconds or 0)))
         self._formed = True
         if self._was_healed():
-            if not state.global_step:  # at step 0 each rank takes the state of another group
-                self._equal_ranks()
             self._find_position(epoch, positions)
         elif self.leads:
             self.runner.checkpoint_manager.repair()  # no group was ahead: nobody is in the middle of a save
@@ -176,7 +167,7 @@ class FaultTolerance:
                 manager.start_quorum(timeout=timedelta(seconds=left))
                 found = manager.num_participants()
                 failed = manager.errored()
-                if failed is None and found >= least:
+                if failed is None and found >= least and (manager.current_step() or self._equalise()):
                     return
                 cause = failed
             except (TimeoutError, RuntimeError) as error:
@@ -225,8 +216,12 @@ class FaultTolerance:
     def _sum(self, values: Tensor) -> list[float] | None:
         """Sum numbers over the groups; None, on all ranks of this one, when that failed on any."""
         self.manager.allreduce(values, reduce_op=dist.ReduceOp.SUM).wait()
+        return values.tolist() if self._all_well() else None
+
+    def _all_well(self) -> bool:
+        """Whether no rank of this group has seen an error since the quorum was formed."""
         failed = torch.tensor(float(self.manager.errored() is not None), device=self.runner.device)
-        return None if self.runner.all_reduce(failed) else values.tolist()
+        return not self.runner.all_reduce(failed)
 
     def commit(self) -> bool:
         """Average the gradients over the groups and vote; whether the update is to be applied."""
@@ -242,7 +237,7 @@ class FaultTolerance:
         for _, parameter in self.runner.iter_optimizer_named_parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # another group may have one
-            gradient = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+            gradient = local(parameter.grad)
             buckets.setdefault(gradient.dtype, []).append(gradient)
         for gradients in buckets.values():
             bucket = torch.cat([gradient.flatten() for gradient in gradients])
@@ -269,41 +264,14 @@ class FaultTolerance:
     # Healing
 
     def _state(self) -> dict[str, Any]:
-        """What a group that joins gets of this one."""
-        runner = self.runner
-        train = runner.train_state.state_dict()
-        return {
-            "train": {name: train[name] for name in SHARED_COUNTERS},
-            "seed": runner.rng_state.seed,
-            "results": runner.results.state_dict(),
-            "files": runner.engine_state(),
-            "best_at": runner._best_at,
-        }
+        return shared_state(self.runner)
 
     def _heal(self, state: Any) -> None:
         """Take the state of another group; random states and the position in the data stay this group's own."""
-        runner, files = self.runner, state["files"]
-        runner.train_state.load_state_dict(state["train"])
-        runner.rng_state.seed = state["seed"]
-        for split in runner.train_splits:  # a split is dealt in one order
-            if (sampler := runner.datasamplers.get(split)) is not None:
-                sampler.seed = state["seed"]
-        runner.results.load_state_dict(state["results"])
-        runner._best_at = state["best_at"]
-        load_model_state(runner.model, files["model.pt"])
-        states = files.get("optimizer.pt", {})
-        if runner.optimizer is not None:
-            names = list(runner.iter_optimizer_named_parameters())
-            load_optimizer_state(runner.optimizer, states["optimizer"], names)
-        for name in ("scheduler", "grad_scaler"):
-            if (part := getattr(runner, name)) is not None:
-                part.load_state_dict(states[name])
-        if runner.ema is not None:
-            runner.load_ema(files["ema.pt"])
-            if "ema_updates" in states:
-                runner.ema.n_averaged.copy_(states["ema_updates"])
+        take_state(self.runner, state)
+        self._take_seed(state["seed"])
         self._healed = True
-        runner.logger.info("took the state of another replica group at step %d", runner.global_step)
+        self.runner.logger.info("took the state of another replica group at step %d", self.runner.global_step)
 
     def _was_healed(self) -> bool:
         """Whether any rank of this group has taken the state of another group since this was last asked."""
@@ -311,13 +279,29 @@ class FaultTolerance:
         self._healed = False
         return bool(self.runner.all_reduce(flag))
 
-    def _equal_ranks(self) -> None:
-        """Give all ranks of this group the state of rank 0."""
+    def _equalise(self) -> bool:
+        """Before the first update: give all groups the weights and the seed of the first; whether that went well."""
         runner = self.runner
-        state = runner.broadcast_object(map_state(self._state(), lambda tensor, _: tensor.cpu()))
-        if not runner.is_main_process:
-            self._heal(state)
-            self._healed = False
+        seed = torch.tensor([runner.rng_state.seed], dtype=torch.float64, device=runner.device)
+        tensors = [*runner.model_tensors().values(), *(runner.ema_tensors() or {}).values()]
+        with torch.no_grad():
+            for tensor in (seed, *map(local, tensors)):
+                number = tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor
+                whole = number.clone() if self.leads else torch.zeros_like(number)
+                self.manager.allreduce(whole, reduce_op=dist.ReduceOp.SUM).wait()
+                if not self._all_well():
+                    return False
+                tensor.copy_(whole)
+        self._take_seed(int(seed))
+        return True
+
+    def _take_seed(self, seed: int) -> None:
+        """Let the training splits be dealt in the order of another group's seed."""
+        runner = self.runner
+        runner.rng_state.seed = seed
+        for split in runner.train_splits:
+            if (sampler := runner.datasamplers.get(split)) is not None:
+                sampler.seed = seed
 
     def _find_position(self, epoch: int, positions: dict[str, Any]) -> None:
         """After a return: go on in this group's share of the epoch where its own file says, else start the share anew."""
@@ -369,196 +353,3 @@ class FaultTolerance:
             server.server_close()  # which the transport's own shutdown leaves open
         self._transport_group.shutdown()
         self._store = None
-
-
-class ReplicaWindow(Window):
-    """A window that is run again, with fresh weights, when the groups do not commit it.
-
-    Args:
-        runner: whose window it is.
-
-    Attributes:
-        refused: whether the update at the end of the window was refused.
-    """
-
-    __slots__ = ("runner", "refused", "facts", "_before")
-
-    def __init__(self, runner: Any) -> None:
-        self.runner = runner
-        self.refused = False
-        self.facts: dict[str, Any] = {}
-        super().__init__()
-
-    def __iter__(self) -> Iterator[Any]:
-        runner = self.runner
-        counters = ("micro_step", "skipped", "skipped_in_a_row")
-        state, meters = runner.train_state, runner._meters[True]
-        before = {name: getattr(state, name) for name in counters}, meters.state_dict()
-        while True:
-            yield from self.batches
-            if not self.refused:
-                return
-            self.refused = False
-            for name, value in before[0].items():
-                setattr(state, name, value)
-            meters.load_state_dict(before[1])
-            runner.zero_grad()
-            header = runner.ft.open_window({**self.facts, "abort": False})
-            total = None if self.weights[0] is None else header.weight
-            degree = runner.loss_degree * runner.ft.participants
-            self.open(self.batches, self.weights, total=total, degree=degree, fillers=self.fillers)
-            self.samples, self.tokens = header.samples, header.tokens
-
-
-class DeferredMetrics:
-    """Metrics of training that take in a window once it is committed, so that one that is run again counts once."""
-
-    def __init__(self, metrics: Any) -> None:
-        self._metrics, self._pending = metrics, []  # type: ignore[var-annotated]
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """Keep what one micro-batch brings."""
-        detached = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
-        self._pending.append((detached, kwargs))
-
-    def settle(self, committed: bool) -> None:
-        """Take in, or drop, what the window has brought."""
-        pending, self._pending = self._pending, []
-        if committed:
-            for args, kwargs in pending:
-                self._metrics.update(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._metrics, name)
-
-
-_Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
-
-
-class Replicas(_Host):
-    """The part of `TorchRunner` that replica groups change."""
-
-    ft: FaultTolerance | None
-    _train_metrics: Any
-    _saving: str | None = None
-
-    def check_config(self) -> None:
-        """Refuse, before anything is built, what this engine cannot honour.
-
-        Raises:
-            ConfigError: naming the key.
-            ImportError, RuntimeError: `ft.enabled` without TorchFT, or without a lighthouse.
-        """
-        super().check_config()
-        if self.config.ft.enabled:
-            require_torchft()
-
-    def init_fault_tolerance(self) -> None:
-        """Bind TorchFT's manager when `ft.enabled`.
-
-        Raises:
-            ConfigError: the run directory holds checkpoints and `auto_resume` is off.
-        """
-        if not self.config.ft.enabled:
-            return
-        if self.workspace.has_checkpoints() and not self.config.auto_resume:
-            raise ConfigError(
-                f"auto_resume: False, but {self.checkpoint_dir} holds checkpoints; with replica groups an earlier run is not "
-                "set aside, because another group may be at work in its directory: set auto_resume, or another name"
-            )
-        self.ft = ft = FaultTolerance(self)
-        self._closing("ft", ft.close)
-        self.window = ReplicaWindow(self)
-
-    def data_share(self, train: bool) -> tuple[int, int]:
-        """Which share of a split is read here, and how many shares there are; training splits are dealt to all groups."""
-        rank, ranks = self.data_rank, self.data_degree
-        options = self.config.ft
-        if not (train and options.enabled):
-            return rank, ranks
-        return options.replica_id * ranks + rank, options.group_size * ranks
-
-    def set_seed(self, seed: int | None = None, bias: int | bool | None = None) -> int:
-        """Seed the generators; ranks of different replica groups differ too."""
-        options = self.config.ft
-        if bias is None and options.enabled and options.replica_id:
-            bias = options.replica_id * self.world_size + self.rank
-        return super().set_seed(seed, bias)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train to the end of the budget; with replica groups, join them first."""
-        if self.ft is not None:
-            with self._ending():
-                self.ft.join()
-            if self._train_metrics is not None and not isinstance(self._train_metrics, DeferredMetrics):
-                self._train_metrics = DeferredMetrics(self._train_metrics)
-        return super().train(*args, **kwargs)
-
-    def window_header(self, **facts: Any) -> WindowHeader:
-        """Tell all ranks, of all groups, about the window in hand."""
-        if self.ft is None:
-            return self.exchange_header(**facts)
-        self.window.facts = facts
-        return self.ft.open_window(facts)
-
-    def commits(self) -> bool:
-        """Whether the update of the window in hand is to be applied; replica groups vote."""
-        assert self.ft is not None
-        committed = self.ft.commit()
-        if isinstance(self._train_metrics, DeferredMetrics):
-            self._train_metrics.settle(committed)
-        self.window.refused = not committed
-        return committed
-
-    # Checkpoints
-
-    def _store_save(self, target: str, aliases: list[str], **options: Any) -> None:
-        ft = self.ft
-        if ft is None:
-            return super()._store_save(target, aliases, **options)
-        positions = ft.positions
-        self._saving = target
-        if ft.leads:
-            super()._store_save(target, aliases, **options)
-        elif positions is not None and options.get("kind", "full") == "full":
-            try:
-                positions.write(target, ft.position())
-            except OSError as error:
-                if options["final"]:
-                    raise
-                self.problems.add("position of the replica group", error)
-            self.supervisor.save_done()
-        else:
-            self.supervisor.save_done()
-        if positions is not None:
-            positions.retain(self.config.checkpoint.keep_latest_k, {info.name for info in self._store.list()})
-
-    def capture(self) -> Callable[[Path], Any]:
-        """Copy the state of this rank; with the position of the group, whose file belongs to the save."""
-        write = super().capture()
-        if self.ft is None or self.ft.positions is None:
-            return write
-        return _WithPosition(write, self.ft.positions, self._saving, self.ft.position())
-
-    def load_checkpoint(self, src: Any) -> None:
-        """Restore the full state of a run; a position file of this group overrides the position stored with it."""
-        super().load_checkpoint(src)
-        if self.ft is not None and self.ft.positions is not None and self.resumed_from != "memory":
-            found = self.ft.positions.read(Path(self.resumed_from).name)
-            if found is not None:
-                self.ft.restore_position(found)
-
-
-class _WithPosition:
-    """Writes the position of the group, then what `capture` gave: a save whose position fails is not committed."""
-
-    def __init__(self, write: Any, positions: Positions, name: str | None, position: dict[str, Any]) -> None:
-        self._write, self._positions, self._name, self._position = write, positions, name, position
-
-    def __call__(self, directory: Path) -> Any:
-        if self._name is not None:
-            self._positions.write(self._name, self._position)
-        return self._write(directory)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._write, name)

@@ -14,7 +14,7 @@ from .building import Building
 from .distributed import Distributed
 from .evaluation import Evaluation
 from .export import export_checkpoint
-from .ft import Replicas
+from .replicas import Replicas
 from .restoring import Restoring
 from .training import MUTED, Training
 from .window import Window
