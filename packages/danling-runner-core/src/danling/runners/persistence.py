@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .atomic import read_json, read_yaml, write_json, write_yaml
+from .atomic import dump_json, read_json, read_yaml, write_json, write_yaml
 from .configfile import plain
 from .errors import CheckpointError, CheckpointNotFoundError, ResumeError
 from .identity import differences, identity_view
@@ -444,7 +443,7 @@ class Persistence(_Host):
         """The state as JSON; written to `file` when given."""
         if file is not None:
             write_json(Path(os.fspath(file)), self.state_dict())
-        return json.dumps(self.state_dict())
+        return dump_json(self.state_dict())
 
     def yaml(self, file: Any = None) -> str:
         """The configuration as YAML; written to `file` when given."""
