@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danling.tensors.layout import Layout, Segments, int64_tensor
-from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
+from danling.tensors import kernels
+from danling.tensors.layout import Layout, LengthsError, Segments, int64_tensor, is_traced
+from danling.tensors.nested_tensor import NestedTensor, layout_of, values_of, wrap
 from danling.tensors.packing import check_bool, check_number, pack_elements, structure_of, to_packed
 
 # What is asked of every element: C functions, because thousands of elements are asked.
@@ -104,13 +105,16 @@ def _sequences(elements: Sequence[Tensor], batch_first: bool) -> tuple[Tensor, L
     `cat` compares the other sizes and devices and promotes dtypes itself. `None` where it refuses, or where an element
     is a scalar or of another rank: the general way then finds out why.
     """
-    if len(set(map(_rank_of, elements))) != 1 or elements[0].dim() == 0 or not elements[0].is_cpu:
+    if not elements[0].is_cpu:
         return None
     try:
+        lengths = list(map(_rows_of, elements))
+        if 0 in lengths and len(set(map(_rank_of, elements))) != 1:  # cat overlooks shape (0,) among others
+            return None
         values = torch.cat(elements)  # type: ignore[arg-type]
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return None
-    return values, Layout.from_lengths(list(map(_rows_of, elements)), tuple(values.shape[1:]), 0, batch_first)
+    return values, Layout.from_lengths(lengths, tuple(values.shape[1:]), 0, batch_first)
 
 
 def build(
@@ -165,7 +169,7 @@ def build(
             elements = [t.to(kind) for t in elements]
     if device is not None:
         elements = [t.to(device) for t in elements]
-    layout = Layout.from_shapes(shapes, ragged, rank, static, batch_first)
+    layout = layout_of(elements, ragged, static, batch_first)
     if requires_grad is False:
         with torch.no_grad():
             values = pack_elements(elements, layout)
@@ -250,16 +254,32 @@ def _sizes(lengths: Any) -> Tensor:
     return sizes.clone()
 
 
+def _traced_segments(data: Any, lengths: Any, name: str) -> Any:
+    """Segments of a list of lengths in a traced graph, `None` outside of one."""
+    if not isinstance(data, Tensor) or not is_traced(data):
+        return None
+    if isinstance(lengths, Tensor):
+        raise LengthsError(f"{name} with lengths that are a tensor (give a list, or build the NestedTensor outside)")
+    from danling.tensors.tracing import listed
+
+    table = [list(n) if isinstance(n, (list, tuple)) else [n] for n in lengths]
+    for i, sizes in enumerate(table):
+        if any(n < 0 for n in sizes):
+            raise ValueError(f"element {i} has a negative length {sizes}")
+    return listed(table, len(table[0]) if table else 1, data.device)
+
+
 def from_lengths(values: Tensor, lengths: Any, **ctor: Any) -> NestedTensor:
     """Wrap packed values `(sum(lengths), *static)`; see `NestedTensor.from_lengths`."""
     settings = _settings(ctor)
-    sizes = _sizes(lengths)
+    traced = _traced_segments(values, lengths, "from_lengths")
+    sizes = torch.empty(0, traced.k) if traced else _sizes(lengths)
     k = sizes.shape[1]
     if not isinstance(values, Tensor) or isinstance(values, NestedTensor):
         raise TypeError(f"values must be a dense tensor, got {type(values).__name__}")
     if values.dim() < 1:
         raise ValueError("values must have at least one dim, the rows")
-    segments = Segments(sizes)
+    segments = traced or Segments(sizes)
     rank = k + values.dim() - 1
     ragged = check_ragged(settings["ragged_dims"], rank)
     if ragged is None:
@@ -274,6 +294,10 @@ def from_lengths(values: Tensor, lengths: Any, **ctor: Any) -> NestedTensor:
 
 def from_offsets(values: Tensor, offsets: Any, **ctor: Any) -> NestedTensor:
     """Wrap packed values with `(B+1,)` offsets; see `NestedTensor.from_offsets`."""
+    if is_traced(values):
+        if isinstance(offsets, Tensor):
+            raise LengthsError("from_offsets with offsets that are a tensor")
+        return from_lengths(values, [b - a for a, b in zip(offsets, offsets[1:])], **ctor)
     bounds = _sizes(offsets)[:, 0]
     if bounds.numel() == 0 or int(bounds[0]) != 0:
         raise ValueError("offsets must start with 0")
@@ -288,7 +312,8 @@ def from_offsets(values: Tensor, offsets: Any, **ctor: Any) -> NestedTensor:
 def from_padded(padded: Tensor, lengths: Any, **ctor: Any) -> NestedTensor:
     """Real values of a padded tensor; see `NestedTensor.from_padded`."""
     settings = _settings(ctor)
-    sizes = _sizes(lengths)
+    traced = _traced_segments(padded, lengths, "from_padded")
+    sizes = torch.empty(traced.batch_size, traced.k) if traced else _sizes(lengths)
     batch, k = sizes.shape
     rank = padded.dim() - 1
     ragged = check_ragged(settings["ragged_dims"], rank)
@@ -302,15 +327,47 @@ def from_padded(padded: Tensor, lengths: Any, **ctor: Any) -> NestedTensor:
         raise ValueError(f"padded has batch size {padded.shape[batch_dim]} but there are {batch} lengths")
     element = list(padded.shape)
     del element[batch_dim]
-    for j, d in enumerate(ragged):
-        longest = int(sizes[:, j].max()) if batch else 0
+    segments = traced or Segments(sizes)
+    for longest, d in zip(segments.max_sizes, ragged):
         if longest > element[d]:
-            i = int(sizes[:, j].argmax())
+            j = ragged.index(d)
+            i = "?" if traced else int(sizes[:, j].argmax())
             raise ValueError(f"element {i} has length {longest} along dim {d}, above the padded extent {element[d]}")
     static = tuple(size for d, size in enumerate(element) if d not in ragged)
-    layout = Layout(Segments(sizes), ragged, static, batch_first)
+    layout = Layout(segments, ragged, static, batch_first)
     values = to_packed(padded, layout)
     return _finish(values, layout, settings["flags"], **settings["finish"])
+
+
+def _box_sizes(valid: Tensor) -> Tensor:
+    """Sizes `(B, k)`, on the CPU, of the boxes that a mask `(B, E1, ..., Ek)` marks; one synchronisation.
+
+    Raises:
+        ValueError: The marked positions of an element are no box that starts at index 0.
+    """
+    extents = valid.shape[1:]
+    if len(extents) == 1:
+        sizes = kernels.prefix_lengths(valid)[:, None].cpu()
+        wrong = sizes[:, 0] < 0
+    else:
+        columns = []
+        for d in range(len(extents)):
+            columns.append(valid.any(tuple(e + 1 for e in range(len(extents)) if e != d)).sum(1))
+        sizes = torch.stack(columns, 1)
+        sizes = sizes * (sizes > 0).all(1, keepdim=True)
+        box = torch.ones_like(valid)
+        for d, extent in enumerate(extents):
+            shape = [1] * valid.dim()
+            shape[d + 1] = extent
+            inside = torch.arange(extent, device=valid.device).view(shape)
+            box &= inside < sizes[:, d].view(-1, *[1] * len(extents))
+        outside = (box != valid).flatten(1).any(1)
+        both = torch.cat([sizes, outside[:, None].to(sizes.dtype)], 1).cpu()
+        sizes, wrong = both[:, :-1].contiguous(), both[:, -1] > 0
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise ValueError(f"the valid region of element {i} has a gap or does not start at index 0")
+    return sizes
 
 
 def from_tensor_mask(tensor: Tensor, mask: Tensor, *, batched: bool = False, **ctor: Any) -> NestedTensor:
@@ -338,36 +395,14 @@ def from_tensor_mask(tensor: Tensor, mask: Tensor, *, batched: bool = False, **c
         tensor, valid = tensor.transpose(0, 1), valid.transpose(0, 1)
     if valid.shape != tensor.shape[: valid.dim()]:
         raise ValueError(f"mask {tuple(valid.shape)} does not fit tensor {tuple(tensor.shape)} (batch first)")
-    batch, extents = valid.shape[0], valid.shape[1:]
-    if len(extents) == 1:
-        counts = valid.sum(1)
-        # A prefix has its last valid position at its count.
-        box = torch.arange(extents[0], device=valid.device) < counts[:, None]
-        sizes = counts[:, None]
-    else:
-        columns = []
-        for d in range(len(extents)):
-            other = tuple(e + 1 for e in range(len(extents)) if e != d)
-            columns.append(valid.any(other).sum(1) if other else valid.sum(1))
-        sizes = torch.stack(columns, 1)
-        sizes = sizes * (sizes > 0).all(1, keepdim=True)
-        box = torch.ones_like(valid)
-        for d, extent in enumerate(extents):
-            shape = [1] * valid.dim()
-            shape[d + 1] = extent
-            inside = torch.arange(extent, device=valid.device).view(shape)
-            box &= inside < sizes[:, d].view(-1, *[1] * len(extents))
-    wrong = (box != valid).flatten(1).any(1)
-    host = torch.cat([sizes, wrong[:, None].to(sizes.dtype)], 1).cpu()  # one synchronisation
-    if batch and bool(host[:, -1].any()):
-        i = int(host[:, -1].nonzero()[0])
-        raise ValueError(f"the valid region of element {i} has a gap or does not start at index 0")
-    host = host[:, :-1].contiguous()
+    sizes = _box_sizes(valid)
     rest = tuple(tensor.shape[valid.dim() :])
-    shapes = [torch.Size((*row, *rest)) for row in host.tolist()]
     rank = tensor.dim() - 1
     given = check_ragged(settings["ragged_dims"], rank)
-    if not shapes:
+    if valid.dim() == 2 and given in (None, (0,)):  # needs no look at thousands of shapes
+        layout = Layout(Segments(sizes), (0,), rest, True)
+        rows = to_packed(tensor, layout)
+    elif not len(sizes):
         ragged = (0,) if given is None else given
         element_static = tuple(size for d, size in enumerate(tensor.shape[1:]) if d not in ragged)
         layout = Layout(
@@ -375,6 +410,7 @@ def from_tensor_mask(tensor: Tensor, mask: Tensor, *, batched: bool = False, **c
         )
         rows = tensor.new_empty((0, *element_static))
     else:
+        shapes = [torch.Size((*row, *rest)) for row in sizes.tolist()]
         ragged, element_static = structure_of(shapes, rank, given)
         layout = Layout.from_shapes(shapes, ragged, rank, element_static, True)
         # Static dims that the mask shortens everywhere are cut first.

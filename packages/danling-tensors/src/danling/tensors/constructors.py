@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def _call(name: str, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        from danling.tensors.tracing import InGraph
+
+        return InGraph(name, *args, **kwargs)
+    from danling.tensors import construct
+
+    return getattr(construct, name)(*args, **kwargs)
 
 
 class Constructors:
@@ -32,9 +43,7 @@ class Constructors:
             tensor([[0, 1, 0],
                     [2, 3, 4]])
         """
-        from danling.tensors.construct import from_lengths
-
-        return from_lengths(values, lengths, **ctor)
+        return _call("from_lengths", values, lengths, **ctor)
 
     @classmethod
     def from_offsets(cls, values: Tensor, offsets: Any, **ctor: Any) -> Any:
@@ -54,9 +63,7 @@ class Constructors:
             >>> NestedTensor.from_offsets(torch.arange(5), [0, 2, 5]).tolist()
             [[0, 1], [2, 3, 4]]
         """
-        from danling.tensors.construct import from_offsets
-
-        return from_offsets(values, offsets, **ctor)
+        return _call("from_offsets", values, offsets, **ctor)
 
     @classmethod
     def from_padded(cls, padded: Tensor, lengths: Any, **ctor: Any) -> Any:
@@ -76,9 +83,7 @@ class Constructors:
             >>> NestedTensor.from_padded(torch.tensor([[1, 2], [3, 9]]), [2, 1]).tolist()
             [[1, 2], [3]]
         """
-        from danling.tensors.construct import from_padded
-
-        return from_padded(padded, lengths, **ctor)
+        return _call("from_padded", padded, lengths, **ctor)
 
     @classmethod
     def from_tensor_mask(cls, tensor: Tensor, mask: Tensor, *, batched: bool = False, **ctor: Any) -> Any:
@@ -102,9 +107,7 @@ class Constructors:
             >>> NestedTensor.from_tensor_mask(x, torch.tensor([[True, True], [True, False]])).tolist()
             [[1, 2], [3]]
         """
-        from danling.tensors.construct import from_tensor_mask
-
-        return from_tensor_mask(tensor, mask, batched=batched, **ctor)
+        return _call("from_tensor_mask", tensor, mask, batched=batched, **ctor)
 
     @classmethod
     def from_concatenated(cls, concat: Tensor, shapes: Sequence[Sequence[int]], **ctor: Any) -> Any:
@@ -124,9 +127,7 @@ class Constructors:
             >>> NestedTensor.from_concatenated(*NestedTensor([1, 2], [3]).concatenate()).tolist()
             [[1, 2], [3]]
         """
-        from danling.tensors.construct import from_concatenated
-
-        return from_concatenated(concat, shapes, **ctor)
+        return _call("from_concatenated", concat, shapes, **ctor)
 
     @classmethod
     def from_torch_nested(cls, t: Tensor, **ctor: Any) -> Any:
@@ -135,6 +136,4 @@ class Constructors:
         Raises:
             TypeError: `t` is no `torch.nested` tensor.
         """
-        from danling.tensors.construct import from_torch_nested
-
-        return from_torch_nested(t, **ctor)
+        return _call("from_torch_nested", t, **ctor)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from operator import itemgetter
 from typing import Any
@@ -12,8 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import _disable_current_modes
 
 _INT64 = torch.int64
+
+
+def host() -> Any:
+    """Make real tensors outside of any graph, whatever mode is on: they are kept for every later use of the lengths."""
+    if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
+        return _out_of_modes()
+    return _NO_MODES  # entering the others costs more than what is done there; integers take no gradients anyway
+
+
+_NO_MODES = nullcontext()
+
+
+@contextmanager
+def _out_of_modes() -> Iterator[None]:
+    modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+    # Tensors made inside inference mode could not be saved for backward later.
+    with modes, torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class LengthsError(DataDependentOutputException):
@@ -30,14 +51,17 @@ class LengthsError(DataDependentOutputException):
 
 
 def called() -> str:
-    """Name of the torch function that is being served, for messages."""
-    frame = sys._getframe()
+    """Name of the torch function, or of the member, that is being served, for messages."""
+    name, frame = "this call", sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "__torch_function__" and "func" in frame.f_locals:
+        function = frame.f_code.co_name
+        if function == "__torch_function__" and "func" in frame.f_locals:
             func = frame.f_locals["func"]
             return getattr(func, "__name__", str(func))
+        if frame.f_globals.get("__name__") == "danling.tensors.nested_tensor":
+            name = function
         frame = frame.f_back  # type: ignore[assignment]
-    return "the call"
+    return name
 
 
 def require(condition: Tensor, message: str) -> None:
@@ -89,6 +113,10 @@ class Segments:
         if self.k == 0:
             self.rows = self.batch_size
             self.max_sizes = ()
+        elif table is None and self.batch_size > 256 and not is_traced(self.sizes):
+            # A list of thousands of lengths would take longer than the copies they are wanted for.
+            self.rows = int(self.offsets[-1])
+            self.max_sizes = tuple(self.sizes.amax(0).tolist())
         elif self.k == 1:
             table = self.table
             self.rows = sum(table)
@@ -102,19 +130,24 @@ class Segments:
     def sizes(self) -> Tensor:
         """CPU int64 `(B, k)`."""
         if self._sizes is None:
-            self._sizes = int64_tensor(self.table).view(-1, 1)
+            table = self.table
+            with host():
+                self._sizes = int64_tensor(table).view(-1, 1)
         return self._sizes
 
     @property
     def offsets(self) -> Tensor:
         """CPU int64 `(B+1,)`: rows before each element."""
         if self._offsets is None:
-            with torch.inference_mode(False), torch.no_grad():
+            with host():
                 if self.k == 0:
                     self._offsets = torch.arange(self.batch_size + 1, device="cpu")
+                elif self.k == 1 and self._table is not None and self.batch_size <= 256:
+                    self._offsets = int64_tensor(self.bounds)  # fewer calls than below
                 else:
                     self._offsets = torch.zeros(self.batch_size + 1, dtype=_INT64, device="cpu")
-                    torch.cumsum(self.sizes.prod(1), 0, out=self._offsets[1:])
+                    rows = self.sizes[:, 0] if self.k == 1 else self.sizes.prod(1)
+                    torch.cumsum(rows, 0, out=self._offsets[1:])
         return self._offsets
 
     @property
@@ -154,11 +187,12 @@ class Segments:
         belongs to), `"row"` `(R,)` (its index inside the element), or `("coord", j)` `(R,)` (its index along ragged
         dim number `j`).
         """
+        if name == "offsets" and device.type == "cpu" and dtype is _INT64:
+            return self.offsets
         key = (name, device, dtype)
         found = self._cache.get(key)
         if found is None:
-            # Tensors made inside inference mode could not be saved for backward later.
-            with torch.inference_mode(False), torch.no_grad():
+            with host():
                 found = self._cache[key] = self._build(name, device).to(dtype)
         return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,11 +26,14 @@ from danling.tensors.packing import (
     to_padded,
 )
 from danling.tensors.serialization import Serialization
+from danling.tensors.traceable import Traceable, asked_by_torch, for_guard, in_transform, stripped, told, tracer_of
 
 _Base: Any = torch._C.TensorBase
 _as_subclass = _Base.as_subclass
 _base_requires_grad = _Base.requires_grad.__get__
 _grad_enabled = torch.is_grad_enabled
+_transforms_active: Any = torch._C._are_functorch_transforms_active  # type: ignore[attr-defined]
+_is_batched: Any = torch._C._functorch.is_batchedtensor
 
 Flags = tuple[Any, bool]  # padding_value, mask_value
 
@@ -47,6 +49,8 @@ def wrap(values: Tensor, layout: Layout, flags: Flags) -> NestedTensor:
     """
     if type(values) is not Tensor and is_traced(values):
         return join(values, layout, flags)
+    if _transforms_active() and _is_batched(values):
+        raise stripped("vmap")
     out = _as_subclass(values, NestedTensor)
     out._values = values
     out._layout = layout
@@ -125,11 +129,33 @@ def from_elements(
     """Pack elements of one rank, dtype and device; `ragged_dims=None` infers them."""
     shapes = [t.shape for t in elements]
     ragged, static = structure_of(shapes, rank, ragged_dims)
-    layout = Layout.from_shapes(shapes, ragged, rank, static, batch_first)
+    layout = layout_of(elements, ragged, static, batch_first)
     return wrap(pack_elements(elements, layout), layout, flags)
 
 
-class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type: ignore[override]
+def layout_of(
+    elements: Sequence[Tensor], ragged: tuple[int, ...], static: tuple[int, ...], batch_first: bool
+) -> Layout:
+    """Layout of elements whose static sizes have been compared."""
+    shapes = [t.shape for t in elements]
+    rank = len(ragged) + len(static)
+    if shapes and is_traced(elements[0]):
+        from danling.tensors.tracing import listed
+
+        table = [[shape[d] for d in ragged] for shape in shapes]
+        return Layout(listed(table, len(ragged), elements[0].device), ragged, static, batch_first)
+    return Layout.from_shapes(shapes, ragged, rank, static, batch_first)
+
+
+def _build(*settings: Any) -> NestedTensor:
+    """`danling.tensors.construct.build`, which takes this name on first use: it needs this module first."""
+    global _build
+    from danling.tensors.construct import build as _build
+
+    return _build(*settings)
+
+
+class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tensor):  # type: ignore[override]
     """A batch of tensors of one rank and different sizes, stored packed: no padding, exact gradients.
 
     `.shape` is the padded shape `(B, *element)`; dims given to torch functions mean what they mean on that shape, and
@@ -189,9 +215,7 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
         mask_value: bool = False,
         ragged_dims: int | Iterable[int] | None = None,
     ) -> NestedTensor:
-        from danling.tensors.construct import build
-
-        return build(
+        return _build(
             tensors, dtype, device, requires_grad, pin_memory, batch_first, padding_value, mask_value, ragged_dims
         )
 
@@ -222,66 +246,13 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
         first = next((a for a in args if isinstance(a, NestedTensor)), None)
         if first is None or func is _alias:
             return out
+        if func not in _OUTSIDE and in_transform():
+            raise stripped("torch.func")
         if func._schema.is_mutable:
             return args[0]
         if func in _KEPT and isinstance(out, Tensor) and out.shape == first._values.shape:
             return wrap(out, first._layout, first._flags)
         return out
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        from danling.tensors.tracing import flatten
-
-        return flatten(self)
-
-    @staticmethod
-    def __tensor_unflatten__(inner: Any, constants: Any, outer_size: Any, outer_stride: Any) -> NestedTensor:
-        from danling.tensors.tracing import unflatten
-
-        return unflatten(inner, constants, outer_size, outer_stride)
-
-    def _stable_hash_for_caching(self) -> str:
-        from danling.tensors.tracing import stable_hash
-
-        return stable_hash(self)
-
-    @property
-    def _packed(self) -> Tensor:
-        from danling.tensors.tracing import packed
-
-        return packed(self)
-
-    @property
-    def _row_offsets(self) -> Tensor:
-        return self._layout.segments.on("offsets", self._values.device)
-
-    @property
-    def _row_sizes(self) -> Tensor:
-        return self._layout.segments.on("sizes", self._values.device)
-
-    @property
-    def _dynamo_propagated_dynamic_indices(self) -> set[int]:
-        layout = self._layout
-        return {layout.batch_dim, *map(layout.shape_dim, layout.ragged_dims)}
-
-    @_dynamo_propagated_dynamic_indices.setter
-    def _dynamo_propagated_dynamic_indices(self, value: set[int]) -> None:
-        """Always the batch and the ragged dims, whatever a compiled region found of its outputs."""
-
-    def _is_view(self) -> bool:
-        return False
-
-    def untyped_storage(self) -> Any:
-        """Refused."""
-        if is_traced(self._values):
-            with _PlainTensors():
-                return _Base.untyped_storage(self)
-        if asked_by_torch():
-            return torch.UntypedStorage(1)  # of its own: the values are described apart
-        return self._refuse()
-
-    def storage_offset(self) -> int:
-        """Refused."""
-        return 0 if is_traced(self._values) or asked_by_torch() else self._refuse()
 
     # Structure.
     @property
@@ -304,6 +275,8 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
         """The padded shape, or one of its sizes."""
         if dim is None and is_traced(self._values) and for_guard():
             return self._values.size()
+        if dim is not None and sys._getframe(1).f_globals.get("__name__") == "torch._functorch.vmap":
+            raise stripped("vmap")
         return self._layout.shape if dim is None else self._layout.shape[dim]
 
     def __len__(self) -> int:
@@ -444,7 +417,10 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
     @property
     def concat(self) -> Tensor:
         """The packed values `(R, *static)`, shared with this tensor."""
-        return values_of(self)
+        values = values_of(self)
+        if asked_by_torch():
+            values._dynamo_propagated_dynamic_indices = {0}  # type: ignore[attr-defined]
+        return values
 
     def concatenate(self) -> tuple[Tensor, tuple[torch.Size, ...]]:
         """`(concat, shapes)`, the arguments of `from_concatenated`."""
@@ -539,6 +515,8 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
         return bool((self._values == item).any())
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        if is_traced(self._values):
+            return f"NestedTensor(..., shape={tuple(self.shape)}, dtype={self.dtype}, ragged_dims={self.ragged_dims})"
         elements = self.detach().unbind()
         count = len(elements)
         shown = elements if count <= 10 else elements[:5]
@@ -571,34 +549,13 @@ class NestedTensor(Constructors, Autograd, Serialization, torch.Tensor):  # type
     to_dense = to_mkldnn = sparse_mask = sparse_resize_ = _refuse_kind
 
 
-def asked_by_torch(depth: int = 2) -> bool:
-    """Whether the caller of the caller is torch's own tracing machinery, which describes tensors by their storage."""
-    return sys._getframe(depth).f_globals.get("__name__", "").startswith("torch._")
-
-
-def tracer_of(values: Tensor) -> Any:
-    """The fake mode of a fake tensor: torch.compile reads properties of NestedTensors while its own is off."""
-    return getattr(values, "fake_mode", None) or nullcontext()
-
-
-def told(x: NestedTensor, out: Tensor) -> Tensor:
-    """`out`, a property of `x`; where torch.compile makes it an input of a graph, with its sizes marked as dynamic."""
-    if asked_by_torch(3):
-        out._dynamo_propagated_dynamic_indices = {d for d in x._dynamo_propagated_dynamic_indices if d < out.dim()}  # type: ignore[attr-defined]
-    return out
-
-
-def for_guard() -> bool:
-    """Whether the caller of the caller records the sizes that guards compare with the C++ size, that of the values."""
-    return sys._getframe(2).f_globals.get("__name__") == "torch._dynamo.variables.builder"
-
-
 def _indent(text: str) -> str:
     return "\n".join("  " + line for line in text.splitlines())
 
 
 _aten = torch.ops.aten
 _alias = _aten.alias.default
+_OUTSIDE = {_aten.detach.default, _aten.view.default}
 _KEPT = {
     _aten.view.default,
     _aten.detach.default,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -54,7 +55,7 @@ def pack_elements(elements: Sequence[Tensor], layout: Layout) -> Tensor:
         return kernels.pack(elements)
     static = layout.static_sizes
     order = layout.permutation
-    rows = layout.segments.lengths
+    rows = [math.prod(t.shape[d] for d in layout.ragged_dims) for t in elements]
     moved = [t.permute(order).reshape(n, *static) for t, n in zip(elements, rows)]
     return kernels.pack(moved)
 

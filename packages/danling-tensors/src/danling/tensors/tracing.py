@@ -12,10 +12,14 @@ because they came from different offsets are compared when the compiled code run
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from danling.tensors.layout import Layout, LengthsError, Segments, is_traced, require
 from danling.tensors.nested_tensor import Flags, NestedTensor, _Read, values_of, wrap
@@ -139,15 +143,21 @@ def uniform(batch_size: Any, length: Any, device: torch.device) -> TracedSegment
     return out
 
 
-def listed(lengths: list[Any], device: torch.device) -> TracedSegments:
-    """Segments of one ragged dim, from symbolic ints."""
-    total, bounds, longest = 0, [0], 0
-    for n in lengths:
-        total = total + n
-        bounds.append(total)
-        longest = torch.sym_max(longest, n)
-    offsets = torch.stack([torch.full((), n, dtype=_INT64, device=device) for n in bounds])
-    return TracedSegments(offsets, None, len(lengths), total, (longest,))
+def listed(table: Sequence[Sequence[Any]], k: int, device: torch.device) -> TracedSegments:
+    """Segments from the `k` sizes of each element, which may be symbolic ints."""
+    bounds: list[Any] = [0]
+    longest: list[Any] = [0] * k
+    for sizes in table:
+        bounds.append(bounds[-1] + math.prod(sizes))
+        longest = [torch.sym_max(top, n) for top, n in zip(longest, sizes)]
+
+    def tensor(numbers: list[Any]) -> Tensor:
+        if not numbers:
+            return torch.empty(0, dtype=_INT64, device=device)
+        return torch.stack([torch.full((), n, dtype=_INT64, device=device) for n in numbers])
+
+    own = tensor([n for sizes in table for n in sizes]).view(len(table), k) if k > 1 else None
+    return TracedSegments(tensor(bounds), own, len(table), bounds[-1], tuple(longest))
 
 
 def one_after_another(parts: list[Segments], device: torch.device) -> TracedSegments:
@@ -286,7 +296,7 @@ def traced_values(x: NestedTensor) -> Tensor:
     """
     if x.requires_grad and torch.is_grad_enabled() and not x._values.requires_grad:
         return _Read.apply(x)
-    if not x.__dict__.pop("_entered", False):
+    if not (isinstance(x._values, FunctionalTensor) and x.__dict__.pop("_entered", False)):
         return x.__dict__.get("_viewed", x._values)
     x._viewed = x._values.view(x._values.shape)  # type: ignore[attr-defined]
     return x._viewed  # type: ignore[attr-defined]
@@ -304,3 +314,31 @@ def fixed(values: Tensor) -> TracedSegments:
     batch = values.shape[0]
     offsets = torch.arange(batch + 1, device=values.device)
     return TracedSegments(offsets, None, batch, batch, ())
+
+
+class InGraph(NestedTensor):
+    """A call that torch.compile takes into its graph as one step: it does so with the classes it could flatten.
+
+    `InGraph("from_padded", padded, lengths)` is `danling.tensors.construct.from_padded(padded, lengths)`.
+    """
+
+    def __new__(cls, name: str, *args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
+        from danling.tensors import construct
+
+        return getattr(construct, name)(*args, **kwargs)
+
+
+def hide(*classes: type) -> None:
+    """Keep torch.compile out of the methods of NestedTensor where it runs them, after a graph break: they are eager code."""
+    frames: Any = torch._C._dynamo.eval_frame  # private: without it a graph break costs attempts to trace, nothing else
+    if not all(hasattr(frames, name) for name in ("_FrameExecStrategy", "_FrameAction", "set_code_exec_strategy")):
+        return
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    for kind in classes:
+        for member in vars(kind).values():
+            for function in (member, *(getattr(member, name, None) for name in ("fget", "fset", "__func__"))):
+                if isinstance(function, FunctionType):
+                    frames.set_code_exec_strategy(function.__code__, strategy)
+
+
+hide(NestedTensor, *(kind for kind in NestedTensor.__mro__ if kind.__module__.startswith("danling.")))

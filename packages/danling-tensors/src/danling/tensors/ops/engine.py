@@ -37,6 +37,21 @@ def over_lists(func: Any, *args: Any, **kwargs: Any) -> Any:
     return type(out)(like(m, o) if s else o for o, m, s in zip(out, models, same))
 
 
+_aten = torch.ops.aten
+TABLE[_aten.sym_size.int] = lambda x, dim: x.size(dim)
+TABLE[_aten.sym_size.default] = lambda x: x.size()
+TABLE[_aten.sym_stride.int] = lambda x, dim: x.stride(dim)
+TABLE[_aten.sym_stride.default] = lambda x: x.stride()
+TABLE[_aten.sym_numel.default] = lambda x: x.numel()
+TABLE[_aten.sym_storage_offset.default] = lambda x: 0
+
+
+def refuse_duals(func: Any, *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError("forward-mode duals of a NestedTensor are not supported; make duals of .concat")
+
+
+PREFIXES["_make_dual"] = PREFIXES["_unpack_dual"] = refuse_duals
+
 for _prefix in ("_foreach_", "_fused_", "_amp_"):
     PREFIXES[_prefix] = over_lists
 

@@ -85,7 +85,7 @@ def _traced_group(segments: Segments, batch: bool, ragged: tuple[int, ...]) -> G
     offsets = segments.on("offsets", segments.offsets.device)
     element, row = (segments.on(name, offsets.device) for name in ("element", "row"))
     key = (batch, ragged)
-    if ragged == (0,) and not batch and segments.k == 1:
+    if not batch and ragged == tuple(range(segments.k)):
         return Groups(None, offsets, segments.batch_size, None, (segments.batch_size,), row, segments, key)
     if ragged or segments.k != 1:
         raise LengthsError

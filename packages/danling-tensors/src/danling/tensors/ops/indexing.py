@@ -146,7 +146,7 @@ def _ragged_step(x: NestedTensor, d: int, i: Any) -> Any:
     if isinstance(i, slice) and i == slice(None):
         return x
     if layout.segments.symbolic and isinstance(i, (int, list, tuple)) and not isinstance(i, bool):
-        return _traced_positions(x, d, i)
+        return traced_positions(x, d, i)
     column = layout.segments.sizes[:, j]
     if isinstance(i, slice):
         step = 1 if i.step is None else int(i.step)
@@ -191,7 +191,7 @@ def _ragged_step(x: NestedTensor, d: int, i: Any) -> Any:
     return out.unflatten(d + 1, picks.shape)
 
 
-def _traced_positions(x: NestedTensor, d: int, i: Any) -> Tensor:
+def traced_positions(x: NestedTensor, d: int, i: Any) -> Tensor:
     """`x[:, i]` in a graph: whether every element has the positions shows when it runs."""
     layout, values = x._layout, values_of(x)
     segments, picks = layout.segments, [i] if isinstance(i, int) else list(i)
@@ -475,11 +475,11 @@ def nonzero(func: Any, x: Any, *, as_tuple: bool = False, **kwargs: Any) -> Any:
     at = coords(layout, values.device)
     element = owner(layout, values.device)
     shape = (layout.rows, *layout.static_sizes)
-    columns = [flat_values(wrap(c.expand(shape), layout, x._flags)) for c in (element, *at)]
+    hit = flat_values(wrap(values != 0, layout, x._flags))
+    columns = [flat_values(wrap(c.expand(shape), layout, x._flags))[hit] for c in (element, *at)]
     if not layout.batch_first and layout.rank:
         columns[0], columns[1] = columns[1], columns[0]
-    hit = flat_values(wrap(values != 0, layout, x._flags))
-    out = torch.stack(columns, 1)[hit]
+    out = torch.stack(columns, 1)
     if "size" in kwargs:
         size, fill = kwargs["size"], kwargs.get("fill_value", -1)
         short = size - out.shape[0]

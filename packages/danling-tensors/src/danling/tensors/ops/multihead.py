@@ -262,3 +262,52 @@ def _with_weights(
 def left_aligned(func: Any, *args: Any) -> bool:
     """`nn.TransformerEncoder` asks whether it may convert its input to torch's own nested tensor: not this one."""
     return False
+
+
+@register("attention", "_transformer_encoder_layer_fwd", path="grouped")
+def encoder_layer(
+    func: Any,
+    src: Any,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Any = None,
+    mask_type: int | None = None,
+) -> Any:
+    """What an encoder layer calls in evaluation where it does not see that its input is special, as in a traced graph."""
+    masks: dict[str, Any] = {}
+    if mask is not None:
+        masks["key_padding_mask" if mask_type == 1 else "attn_mask"] = mask.flatten(0, 1) if mask_type == 2 else mask
+
+    def attention(x: Any) -> Any:
+        x = x.transpose(0, 1)
+        projections = qkv_weight, qkv_bias, None, None, False, 0.0, proj_weight, proj_bias
+        out, _ = F.multi_head_attention_forward(
+            x, x, x, embed_dim, num_heads, *projections, training=False, need_weights=False, **masks
+        )
+        return out.transpose(0, 1)
+
+    def ffn(x: Any) -> Any:
+        hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), ffn_weight_2, ffn_bias_2)
+
+    width = (embed_dim,)
+    if norm_first:
+        x = src + attention(F.layer_norm(src, width, norm_weight_1, norm_bias_1, eps))
+        return x + ffn(F.layer_norm(x, width, norm_weight_2, norm_bias_2, eps))
+    x = F.layer_norm(src + attention(src), width, norm_weight_1, norm_bias_1, eps)
+    return F.layer_norm(x + ffn(x), width, norm_weight_2, norm_bias_2, eps)

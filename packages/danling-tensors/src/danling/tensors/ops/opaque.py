@@ -66,7 +66,7 @@ def _run(q: Any, k: Any, v: Any, qo: Any, ko: Any, mask: Any, ek: Any, ev: Any, 
     reader = None if mask is None else dense_reader(mask, q.dim())
     extra = None if ek is None else (ek, ev)
     with _seeded(seed, q.device):
-        return attend(q, k, v, q_segments, k_segments, reader, *settings, extra=extra)
+        return attend(q, k, v, q_segments, k_segments, reader, *settings, extra=extra)  # type: ignore[misc]
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")

@@ -39,7 +39,7 @@ def drop_dim(layout: Layout, d: int) -> Layout:
 
 def _ints(args: tuple[Any, ...]) -> list[int]:
     items = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple, torch.Size)) else args
-    return [i if isinstance(i, torch.SymInt) else int(i) for i in items]
+    return [i if isinstance(i, torch.SymInt) else int(i) for i in items]  # type: ignore[misc]
 
 
 # Views.
@@ -577,6 +577,10 @@ def narrow(func: Any, x: Any, dim: int, start: Any, length: int) -> Any:
         return take_elements(x, list(range(begin, begin + length)))
     if kind == "static":
         return like_static(x, values_of(x).narrow(at, start, length))
+    if x._layout.segments.symbolic and isinstance(length, int):
+        from danling.tensors.ops.indexing import traced_positions
+
+        return traced_positions(x, x._layout.ragged_dims[at], list(range(start, start + length)))
     column = _column(x, at)
     begin_ = column + start if start < 0 else torch.full_like(column, start)
     wrong = (begin_ < 0) | (begin_ + length > column) | torch.tensor(length < 0, device="cpu")
