@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from danling.tensors import kernels
+from danling.tensors.kernels.schemas import INTERFACE
 
 SMOKE = """
 import json, torch
@@ -57,13 +58,24 @@ def test_the_reference_can_be_chosen() -> None:
         assert "DANLING_KERNELS=0" in info["reason"]
 
 
-@pytest.mark.parametrize("kind", ["missing", "broken"])
-def test_a_missing_library_is_silent_and_a_broken_one_warns(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["missing", "broken", "stale", "half"])
+def test_a_missing_library_is_silent_and_an_unfit_one_warns(kind: str, tmp_path: Path) -> None:
     package = Path(kernels.__file__).parents[1]
     copy = tmp_path / "danling" / "tensors"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("*.so", "*.pyd", "*.dylib", "__pycache__"))
+    library = copy / "kernels" / "libdanling_cpu.so"
+    mark = f"interface={INTERFACE}".encode()
     if kind == "broken":
-        (copy / "kernels" / "libdanling_cpu.so").write_bytes(b"no library")
+        library.write_bytes(b"no library")
+    elif kind == "stale":  # whole, but of other schemas
+        built = kernels.info()["cpu"]["path"]
+        if built is None:
+            pytest.skip("no library is built here")
+        contents = Path(built).read_bytes()
+        assert contents.count(mark) == 1
+        library.write_bytes(contents.replace(mark, b"interface=" + b"0" * len(INTERFACE)))
+    elif kind == "half":  # of this version, and cut off
+        library.write_bytes(b"\x7fELF" + mark)
     info, errors = smoke(PYTHONPATH=str(tmp_path))
     assert info["reference_only"]
     if kind == "missing":
@@ -72,4 +84,5 @@ def test_a_missing_library_is_silent_and_a_broken_one_warns(kind: str, tmp_path:
     else:
         assert errors.count("RuntimeWarning") == 1
         assert "could not be loaded" in errors
+        assert ("another version" in errors and "--reinstall-package" in errors) == (kind != "half")
         assert info["cpu"]["path"].startswith(str(tmp_path))

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from danling.tensors.kernels.schemas import INTERFACE
+
+_BUILD = "build it again: `uv sync --reinstall-package danling-tensors` in a checkout, else reinstall the package"
 _FOLDER = Path(__file__).parent
 _LIBRARIES: dict[str, dict[str, Any]] = {}
 
@@ -21,6 +24,15 @@ def _find(device: str) -> Path | None:
         if path.exists():
             return path
     return None
+
+
+def _refuse(device: str, state: dict[str, Any], error: str) -> dict[str, Any]:
+    warnings.warn(
+        f"danling's {device} kernels could not be loaded, slower torch code serves instead: {error}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return {**state, "error": error}
 
 
 def _load(device: str) -> dict[str, Any]:
@@ -40,16 +52,13 @@ def _load(device: str) -> dict[str, Any]:
     if os.environ.get("DANLING_KERNELS") == "0":
         state["error"] = "switched off by DANLING_KERNELS=0"
         return state
+    # Loading registers the kernels for good, so whether they are the right ones is read from the file.
+    if f"interface={INTERFACE}".encode() not in path.read_bytes():
+        return _refuse(device, state, f"{path} is damaged, or built for another version of danling-tensors; {_BUILD}")
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        state["error"] = str(error)
-        warnings.warn(
-            f"danling's {device} kernels could not be loaded, slower torch code serves instead: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return state
+        return _refuse(device, state, str(error))
     state["loaded"] = True
     built_with = ctypes.CDLL(str(path)).danling_built_with
     built_with.restype = ctypes.c_char_p

@@ -185,8 +185,6 @@ def segment_sum(plan: Plan, values: Tensor) -> Tensor:
     if not plan.static:
         return kernels.segment_sum(values, _offsets(plan, values))
     wide = _wide(values)
-    if wide.dtype == torch.bool:
-        wide = wide.long()
     out = kernels.segment_sum(wide.sum(plan.static), _offsets(plan, values))
     return out.to(values.dtype) if wide.dtype != values.dtype and values.dtype.is_floating_point else out
 
