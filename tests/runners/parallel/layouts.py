@@ -100,7 +100,8 @@ class Language(Runner):
         if self.train_state.micro_step == self.options.get("drift") and self.rank == 1:
             self.unwrap(self.model).head.bias.data.add_(1)
         prediction, loss = super().train_step(data)
-        self.losses.append(loss.item())
+        if loss is not None:  # the last stage of a pipeline has it
+            self.losses.append(loss.item())
         return prediction, loss
 
 
@@ -135,6 +136,7 @@ def run(root: Path, overrides: dict[str, Any]) -> dict[str, Any]:
             if extra["seeded"]:
                 runner.save_seed_checkpoint()
             runner.train()
+            runner.check_replicas("at the end") if runner.stack == "parallel" else None
             found = {
                 "losses": runner.losses,
                 "norms": runner.norms,
@@ -148,7 +150,7 @@ def run(root: Path, overrides: dict[str, Any]) -> dict[str, Any]:
                 "entries": [entry.tolist() for entry in runner.infer("val", gather=True)],
                 "own": len(runner.infer("val")),
                 "evaluated": runner.evaluate(["val"]),
-                "notes": runner.unwrap(runner.model).notes,
+                "notes": getattr(runner.unwrap(runner.model), "notes", None),
                 "model": type(runner.model).__name__,
                 "dir": str(runner.dir),
                 "wrappers": sum("FSDP" in type(module).__name__ for module in runner.model.modules()),

@@ -242,10 +242,10 @@ class Restoring(Sharded):
         if state:
             restore_rng(dict(state), self.device)
             return
-        seed = self.rng_state.seed
-        text = f"{seed}, {self.rank}, {self.global_step}"
+        seed, place = self.rng_state.seed, self.rng_state.bias  # ranks that are to draw the same numbers share a bias
+        text = f"{seed}, {place}, {self.global_step}"
         self.set_seed(zlib.crc32(text.encode()), bias=False)
-        self.state.rng.seed = seed
+        self.state.rng.seed, self.state.rng.bias = seed, place
         self.logger.warning("rank %d has no random state in the checkpoint: it is seeded anew", self.rank)
 
     def seek_loader(self, split: str, epoch: int, consumed: int) -> None:
