@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ class Forks:
 
     Args:
         stack: the engine to import before forking.
+        main: what a rank calls with its arguments, as `module:function`.
     """
 
-    def __init__(self, stack: str) -> None:
+    def __init__(self, stack: str, main: str = f"{__package__}.worker:main") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve({stack!r})"],
+            [sys.executable, "-c", f"from {__name__} import serve; serve({stack!r}, {main!r})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -52,13 +53,19 @@ class Forks:
         self.process.stdout.close()
 
     def run(
-        self, nproc: int, args: Sequence[str], *, timeout: float, env: Mapping[str, str], check: bool
+        self,
+        nproc: int,
+        args: Sequence[str],
+        *,
+        timeout: float,
+        env: Mapping[str, str] | None = None,
+        check: bool = True,
     ) -> list[RankResult]:
-        """Run `worker.main` once per rank and wait for all of them.
+        """Run `main` once per rank and wait for all of them.
 
         Args:
             nproc: number of processes.
-            args: arguments of `worker.main`.
+            args: arguments of `main`.
             timeout: seconds until everything still running is killed.
             env: further environment variables.
             check: an `AssertionError` with all outputs when a rank ends badly.
@@ -69,7 +76,13 @@ class Forks:
         assert self.process.stdin is not None and self.process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             logs = [str(Path(folder) / f"rank{rank}.log") for rank in range(nproc)]
-            request = {"args": list(args), "timeout": timeout, "logs": logs, "env": dict(env), "port": free_port()}
+            request = {
+                "args": list(args),
+                "timeout": timeout,
+                "logs": logs,
+                "env": dict(env or {}),
+                "port": free_port(),
+            }
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             answer = self.process.stdout.readline()
@@ -80,22 +93,19 @@ class Forks:
         return results
 
 
-def serve(stack: str) -> None:
+def serve(stack: str, main: str) -> None:
     """Fork ranks for each request on standard input until it is closed."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print when they are imported is no answer
     from danling.runners.discovery import load_engine
 
     load_engine(stack)
-    for name in (
-        "torch._dynamo",
-        f"{__package__}.task",
-        f"{__package__}.worker",
-    ):  # the first is needed by the first update
-        importlib.import_module(name)
+    importlib.import_module("torch._dynamo")  # the first update needs it
+    module, _, function = main.partition(":")
+    call = getattr(importlib.import_module(module), function)
     for line in sys.stdin:
         request = json.loads(line)
-        pids = [_fork(rank, request) for rank in range(len(request["logs"]))]
+        pids = [_fork(rank, request, call) for rank in range(len(request["logs"]))]
         codes, late = _wait(pids, request["timeout"])
         print(json.dumps({"codes": codes, "late": late}), file=answers, flush=True)
 
@@ -120,7 +130,7 @@ def _wait(pids: Sequence[int], timeout: float) -> tuple[list[int], list[int]]:
     return [codes[rank] for rank in range(len(pids))], late
 
 
-def _fork(rank: int, request: Mapping[str, Any]) -> int:
+def _fork(rank: int, request: Mapping[str, Any], call: Callable[[list[str]], Any]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -134,10 +144,8 @@ def _fork(rank: int, request: Mapping[str, Any]) -> int:
         os.environ.update(rank_environment(rank, len(request["logs"]), request["port"]) | request["env"])
         from danling.runners import crash
 
-        from . import worker
-
         crash.arm(os.environ.get(crash.VARIABLE))
-        worker.main(request["args"])
+        call(request["args"])
         code = 0
     except BaseException:
         traceback.print_exc()
