@@ -19,6 +19,9 @@ from danling.runners import CheckpointError, ConfigError, ResumeError
 from danling.runners.cli import main
 from support.tiny import Tiny, tiny_config
 
+# Under the other stages these tests run with the slow ones.
+TWO_STAGES = [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3]
+
 
 class Sharded(Tiny, DeepSpeedRunner):
     pass
@@ -75,6 +78,7 @@ def test_equal_to_the_torch_stack(tmp_path, saved, stage):
     assert runner.results.rows()[1]["val"]["loss"] == pytest.approx(other.results.rows()[1]["val"]["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_bf16(tmp_path, stage):
     options = {"precision": "bf16", "tiny__dropout": 0.0}
@@ -95,6 +99,7 @@ def test_precision_said_to_the_engine_alone(tmp_path):
 
 
 # While it traces the engine's hooks, Dynamo looks at gradients of tensors that are no leaves.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("compiles", [False, True])
 def test_what_the_torch_stack_can_do_besides(tmp_path, compiles):
@@ -106,6 +111,7 @@ def test_what_the_torch_stack_can_do_besides(tmp_path, compiles):
     same(weights, expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_the_engine_makes_the_optimizer(tmp_path):
     made = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True, "weight_decay": 0.01}}
     schedule = {"optim__type": None, "scheduler__type": "cosine"}
@@ -115,6 +121,7 @@ def test_the_engine_makes_the_optimizer(tmp_path):
     assert runner.scheduler.last_epoch == other.scheduler.last_epoch == 6
 
 
+@pytest.mark.slow
 def test_the_engine_steps_its_own_scheduler(tmp_path):
     own = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 10}}
     runner, _ = train(tmp_path, 1, deepspeed={"scheduler": own})
@@ -144,13 +151,14 @@ def test_a_nonfinite_gradient(tmp_path, stage, skips):
     assert stage == 3 or int(runner.ema.n_averaged) == runner.global_step
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", TWO_STAGES)
 def test_the_gradient_norm(tmp_path, stage):
     runner, _ = train(tmp_path / "ours", stage, max_grad_norm=0.1)
     other, _ = plain(tmp_path / "theirs", max_grad_norm=0.1)
     assert float(runner.grad_norm) == pytest.approx(float(other.grad_norm), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_follows_a_metric(tmp_path):
     options = {"scheduler__type": "reduce_on_plateau", "scheduler__patience": 0, "optim__lr": 0.5, "epochs": 4}
     runner, _ = train(tmp_path / "ours", 2, **options)
@@ -210,6 +218,7 @@ def test_a_seed_checkpoint(tmp_path):
         same(other.export_state(), weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloading(tmp_path, saved, stage):
     zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
@@ -281,7 +290,7 @@ def test_a_last_save_of_weights_alone(tmp_path, stage):
 # Weights from elsewhere
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", TWO_STAGES)
 def test_weights_go_between_stacks_and_stages(tmp_path, saved, stage):
     runner, weights = saved[stage]
     with Plain(tiny_config(tmp_path / "torch", pretrained=str(checkpoint(runner)))) as other:
@@ -301,8 +310,8 @@ def test_weights_go_between_stacks_and_stages(tmp_path, saved, stage):
     assert started == pytest.approx(other.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("latest", [True, False])
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("latest", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", TWO_STAGES)
 def test_a_directory_that_deepspeed_has_laid_out(tmp_path, saved, stage, latest):
     with Sharded(config(tmp_path / "first", stage)) as runner:
         runner.train()
@@ -336,7 +345,7 @@ def resumed(runner, stage, **overrides):
     return Sharded(config(runner.workspace.root, stage, epochs=2, resume="latest", **overrides))
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", TWO_STAGES)
 def test_loaded_again_in_the_middle_of_a_run(tmp_path, stage):
     with Sharded(config(tmp_path, stage, steps=9, epochs=None, checkpoint__interval=3, tiny__augment=True)) as runner:
         runner.train()
@@ -369,7 +378,7 @@ def test_checkpoints_of_another_stack_are_refused(tmp_path, saved):
         Plain(tiny_config(tmp_path / "theirs", resume=str(checkpoint(saved[1][0]))))
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", TWO_STAGES)
 def test_an_optimizer_that_starts_afresh(tmp_path, saved, stage):
     runner, weights = saved[stage]
     with Sharded(
