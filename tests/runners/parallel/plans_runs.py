@@ -1,6 +1,6 @@
 """Runs of `layouts.py` whose model may be the docs' mixture of experts: `plans_runs.py scenarios.json`, on every rank.
 
-A run with `model: experts` uses that; the rest is as in `layouts.py`.
+A run with `model: experts` uses that, with `model: staged` one that a pipeline cuts; the rest is as in `layouts.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import layouts
+import torch
+from torch import nn
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "experts.py"
 Plain, run_plain = layouts.Model, layouts.run
@@ -25,8 +27,28 @@ class Sparse(runpy.run_path(str(EXAMPLE))["Language"]):
     get_extra_state, set_extra_state = Plain.get_extra_state, Plain.set_extra_state
 
 
+class ClassesSecond(nn.Module):
+    """Where the criterion wants them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous()
+
+
+class Staged(nn.Sequential):
+    """A model that a pipeline cuts by itself."""
+
+    def __init__(self, dropout: float = 0.0, norm: bool = False) -> None:
+        layers = [nn.TransformerEncoderLayer(layouts.WIDTH, 2, 12, dropout, batch_first=True) for _ in range(2)]
+        head = nn.Linear(layouts.WIDTH, layouts.VOCABULARY)
+        super().__init__(nn.Embedding(layouts.VOCABULARY, layouts.WIDTH), *layers, head, ClassesSecond())
+        self.notes = "fresh"
+
+
+MODELS = {"experts": Sparse, "staged": Staged}
+
+
 def run(root: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    layouts.Model = Sparse if overrides.pop("model", None) == "experts" else Plain
+    layouts.Model = MODELS.get(overrides.pop("model", None), Plain)
     return run_plain(root, overrides)
 
 

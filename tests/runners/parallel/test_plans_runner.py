@@ -12,7 +12,7 @@ import pytest
 from support.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("plans_runs.py")
-EXPERTS = {"model": "experts"}
+EXPERTS, STAGED = {"model": "experts"}, {"model": "staged"}
 ADAMW = {
     "optim__type": "adamw",
     "optim__lr": 1e-2,
@@ -75,6 +75,7 @@ def one(tmp_path_factory):
         adamw={**ADAMW, "dataloader__batch_size": 12},
         sgd={**SGD, "dataloader__batch_size": 4},
         experts={**ADAMW, **EXPERTS, "dataloader__batch_size": 12},
+        staged={**ADAMW, **STAGED, "dataloader__batch_size": 12},
     )
 
 
@@ -113,6 +114,8 @@ def test_two_axes_at_once(tmp_path, one):
         "sgd, replicate × tensor": over(SGD, 4, replicate=2, tensor=2),
         "sgd, replicate × context": over(SGD, 4, replicate=2, context=2),
         "adamw, context × tensor": over(ADAMW, context=2, tensor=2),
+        "staged, context × pipeline": over(ADAMW | STAGED, context=2, pipeline=2)
+        | {"parallel__pipeline_n_microbatches": 2},
         "experts, shard × expert": over(ADAMW | EXPERTS, shard=2, expert=2),
         "experts, expert × expert_tensor": over(ADAMW | EXPERTS, expert=2, expert_tensor=2),
     }

@@ -446,7 +446,10 @@ class Pipelining(_Host):
 
     @cached_property
     def _microbatch_rule(self) -> Any:
-        return weight_rule(self.criterion, self._overridden_weight())
+        rule = weight_rule(self.criterion, self._overridden_weight())
+        if self.topology.degrees["context"] > 1:  # of this rank's part of the sequences, as the weight of the batch
+            return lambda piece: rule(self.shard_context(piece))
+        return rule
 
     def optimizer_step(self) -> bool:
         """Update the weights; parameters on several stages get the sum of their gradients first."""
