@@ -26,7 +26,8 @@ class Autograd:
         from danling.tensors.nested_tensor import _Read, is_traced, values_of
 
         if is_traced(self._values):  # type: ignore[attr-defined]
-            return self, True  # type: ignore[return-value]
+            values = self._values  # type: ignore[attr-defined]
+            return (values, False) if values.requires_grad else (self, True)  # type: ignore[return-value]
         values = values_of(self)  # type: ignore[arg-type]
         outside = isinstance(values.grad_fn, _Read._backward_cls)  # type: ignore[attr-defined]
         return (self, True) if outside else (values, False)  # type: ignore[return-value]

@@ -250,13 +250,13 @@ def truth(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, axis: An
         return func(values, dims) if name == "count_nonzero" else func(values, dims, keep)
 
     def segment(plan: Plan, values: Tensor) -> Tensor:
-        if name == "all":
-            out = segment_sum(plan, values == 0) == 0
-        else:
-            out = segment_sum(plan, values != 0)
-            if name == "count_nonzero":
-                return out
-            out = out > 0
+        hit = values == 0 if name == "all" else values != 0
+        if name == "count_nonzero":
+            return segment_sum(plan, hit)
+        if plan.static:  # before anything is counted, which takes eight bytes a value
+            hit = hit.any(plan.static)
+        hits = kernels.segment_sum(hit, _offsets(plan, values))
+        out = hits == 0 if name == "all" else hits > 0
         return out.to(torch.uint8) if values.dtype == torch.uint8 else out
 
     base.__name__ = name
@@ -282,6 +282,18 @@ class _Extremum(torch.autograd.Function):
         return torch.where(ties, kernels.segment_expand(share, offsets, rows), 0), None, None
 
 
+class _TransformableExtremum(_Extremum):
+    """The same in the form that torch.func takes, which costs more to call."""
+
+    @staticmethod
+    def forward(values: Tensor, offsets: Tensor, largest: bool) -> Tensor:  # type: ignore[override]
+        return (kernels.segment_max if largest else kernels.segment_min)(values, offsets)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # type: ignore[override]
+        ctx.save_for_backward(inputs[0], inputs[1], output)
+
+
 def segment_extremum(plan: Plan, values: Tensor, largest: bool) -> Tensor:
     """`amax` or `amin` of each group."""
     plan.need_values()
@@ -292,7 +304,8 @@ def segment_extremum(plan: Plan, values: Tensor, largest: bool) -> Tensor:
         return (kernels.segment_max if largest else kernels.segment_min)(values, offsets)[0]
     if values.dtype == torch.bool:
         return _Extremum.apply(values.to(torch.uint8), offsets, largest).bool()
-    return _Extremum.apply(values, offsets, largest)
+    transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+    return (_TransformableExtremum if transformed else _Extremum).apply(values, offsets, largest)
 
 
 @register("reduction", "amax", "amin")
