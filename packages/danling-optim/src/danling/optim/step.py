@@ -155,7 +155,8 @@ class OptimizerStep:
         if schedule:
             self._require_metric(metric)
         norm = None
-        if scaled or scaler is not None or self.skip_nonfinite or self._clips:
+        clips = self.clip_norm is not None or self.clip_value is not None
+        if scaled or scaler is not None or self.skip_nonfinite or clips:
             if closure is None:
                 norm, skip = self._prepare(grad_scale if scaled else None, scaler)
                 if skip:
@@ -244,10 +245,6 @@ class OptimizerStep:
         if self.scaler is not None:
             self.scaler.load_state_dict(state_dict["scaler"])
         self.skipped = int(state_dict.get("skipped", 0))
-
-    @property
-    def _clips(self) -> bool:
-        return self.clip_norm is not None or self.clip_value is not None
 
     def _require_metric(self, metric: Any) -> None:
         if metric is None and isinstance(self.scheduler, ReduceLROnPlateau):

@@ -182,7 +182,7 @@ class Training(_Host):
         """
         if self._mode is not RunnerMode.TRAIN:
             raise RuntimeError(f"step() belongs to training; the runner is in mode {self._mode}")
-        window, state = self.window, self.train_state
+        window, state = self.window, self.state.train
         state.micro_step += 1
         window.index += 1
         if window.index < len(window.batches):
@@ -217,7 +217,7 @@ class Training(_Host):
         stepped, self.grad_norm = self.updater.step()
         if not stepped:
             return False
-        state = self.train_state
+        state = self.state.train
         step = state.global_step = state.global_step + 1
         if self._ema_schedule is not None:
             self._ema_schedule.after_update(self.unwrap(self.model), step)
