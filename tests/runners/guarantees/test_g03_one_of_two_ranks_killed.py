@@ -67,6 +67,7 @@ def test_killed_twice(request, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.faults
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("enabled", [True, False], ids=["async", "sync"])
 def test_killed_at_twenty_random_instants(request, tmp_path, enabled):
     kill_at_random(request, tmp_path, 20, epochs=120, checkpoint__async_enabled=enabled)
