@@ -1,13 +1,13 @@
-"""Script of the pipeline tests: runs one configuration after the other and writes what came out, one file per rank.
+"""What ranks do in the pipeline tests: run one configuration after the other and write what came out, one file per rank.
 
-Arguments: a JSON list of configurations, and a directory. Keys of a configuration that start with `x_` are for the
-script: `x_stop` stops after that update, `x_model` names a model below, `x_seed` biases the seed of the weights by rank.
+Keys of a configuration that start with `x_` are for this file: `x_stop: [rank, update]` asks for a stop there, `x_model` names
+a model below, `x_seed` biases the seed of the weights by rank, `x_fails` expects an error.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +197,8 @@ def run_to_its_end(overrides: dict[str, Any], options: dict[str, Any], folder: P
         }
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    found = [run(overrides, folder) for overrides in json.loads(sys.argv[1])]
-    from os import environ
-
-    (folder / f"rank{environ.get('RANK', 0)}.json").write_text(json.dumps(found))
+def main(arguments: list[str]) -> None:
+    """Run the configurations in the first argument one after the other, in the folder named by the second."""
+    folder = Path(arguments[1])
+    found = [run(overrides, folder) for overrides in json.loads(arguments[0])]
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))

@@ -10,25 +10,34 @@ from pathlib import Path
 
 import pytest
 
-from support.ranks import run_ranks
+from danling.backends.torch.conformance.forks import Forks
 
-SCRIPT = Path(__file__).with_name("staged.py")
 COMMON = {"dataloader__drop_last": False, "seed": 1, "epochs": 4, "checkpoint__load_only": True}
 SGD = {"optim__type": "sgd", "optim__lr": 0.1, "optim__momentum": 0.9, "dataloader__batch_size": 8}
 ADAMW = {"optim__type": "adamw", "optim__lr": 1e-2, "dataloader__batch_size": 8, "max_grad_norm": 0.05}
 PIPELINE = {"stack": "parallel", "parallel__axes__pipeline": 2, "parallel__pipeline_n_microbatches": 4}
 
 
-def start(folder, nproc, runs, crash=None):
-    folder.mkdir(exist_ok=True)
-    tests = str(Path(__file__).parents[2])
-    env = {"PYTHONPATH": os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    if crash is not None:
-        env["DANLING_CRASH_AT"] = crash
-    results = run_ranks(SCRIPT, nproc, [json.dumps(runs), str(folder)], env=env, timeout=180, check=crash is None)
-    if crash is not None:
-        return [result.returncode for result in results]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(nproc)]
+@pytest.fixture(scope="module")
+def start():
+    """Runs configurations in real processes; these are forked from one that has imported everything."""
+    here = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(here), str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        forks = Forks("parallel", "staged:main")
+
+    def run(folder, nproc, runs, crash=None):
+        folder.mkdir(exist_ok=True)
+        env = {} if crash is None else {"DANLING_CRASH_AT": crash}
+        arguments = [json.dumps(runs), str(folder)]
+        results = forks.run(nproc, arguments, timeout=150, env=env, check=crash is None)
+        if crash is not None:
+            return [result.returncode for result in results]
+        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(nproc)]
+
+    with forks:
+        yield run
 
 
 def flat(value):
@@ -86,7 +95,7 @@ def compare(one, ranks, what):
             assert found["state"][key] == one["state"][key], (what, rank, key)
 
 
-def test_two_stages_equal_one_process(tmp_path):
+def test_two_stages_equal_one_process(start, tmp_path):
     (one,) = start(tmp_path / "one", 1, [{"stack": "torch", **COMMON, **case} for case, _ in CASES.values()])
     two = start(tmp_path / "two", 2, [{**COMMON, **case, **PIPELINE, **own} for case, own in CASES.values()])
     for index, what in enumerate(CASES):
@@ -122,20 +131,19 @@ WIDE = {
 }
 
 
-def test_four_ranks_equal_one_process(tmp_path):
+@pytest.mark.slow
+def test_four_ranks_equal_one_process(start, tmp_path):
     (one,) = start(tmp_path / "one", 1, [{"stack": "torch", **COMMON, **case} for case, _ in WIDE.values()])
     four = start(tmp_path / "four", 4, [{**COMMON, **case, **PIPELINE, **own} for case, own in WIDE.values()])
     for index, what in enumerate(WIDE):
         compare(one[index], [rank[index] for rank in four], what)
 
 
-def test_first_and_last_stage_augment_alike(tmp_path):
+def test_first_and_last_stage_augment_alike(start, tmp_path):
     noisy = {**COMMON, **SGD, **PIPELINE, "x_noisy": True, "x_dropout": 0.1, "epochs": 2}
-    ranks = start(tmp_path / "two", 2, [noisy, {**noisy, "dataloader__num_workers": 1}])
-    for first, last in zip(*ranks, strict=True):
-        assert first["seen"] == last["seen"] and len(first["seen"]) == 14
-        assert first["seen"][0] != first["seen"][7]
-    assert ranks[0][0]["seen"] == ranks[0][1]["seen"]  # in the process, or in a worker
+    first, last = (rank[0] for rank in start(tmp_path / "two", 2, [noisy]))
+    assert first["seen"] == last["seen"] and len(first["seen"]) == 14
+    assert first["seen"][0] != first["seen"][7]
 
 
 SHORT = {**COMMON, **SGD, **PIPELINE, "epochs": 1}
@@ -178,7 +186,7 @@ REFUSED = {
 }
 
 
-def test_what_a_pipeline_refuses(tmp_path):
+def test_what_a_pipeline_refuses(start, tmp_path):
     runs = [{**SHORT, **case, "x_fails": True, "name": f"r{i}"} for i, (case, _, _) in enumerate(REFUSED.values())]
     ranks = start(tmp_path / "two", 2, runs)
     for index, (what, (_, kind, message)) in enumerate(REFUSED.items()):
@@ -187,7 +195,7 @@ def test_what_a_pipeline_refuses(tmp_path):
             assert re.search(message, rank[index]["text"], re.DOTALL), (what, rank[index])
 
 
-def test_decisions_are_those_of_all_stages(tmp_path):
+def test_decisions_are_those_of_all_stages(start, tmp_path):
     """A NaN that only the last stage sees is skipped everywhere; a stop on one rank stops all; any rank goes on from there."""
     case = {**LIVELY, "skip_nonfinite_grad": True, "x_poisoned": 4, "activation_checkpoint__enabled": True}
     case |= {"activation_checkpoint__module_classes": ["Tanh"], "name": "skip", "x_count": 48}
@@ -236,7 +244,7 @@ RESUMED = {
 @pytest.mark.parametrize(
     "case", [name if name == "killed in a save" else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
 )
-def test_killed_and_resumed_is_never_killed(tmp_path, case):
+def test_killed_and_resumed_is_never_killed(start, tmp_path, case):
     nproc, own, crash = RESUMED[case]
     config = {**LIVELY, **own}
     straight = start(tmp_path / "straight", nproc, [config])

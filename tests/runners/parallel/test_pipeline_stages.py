@@ -25,6 +25,8 @@ from danling.backends.parallel.schedule import (
     stage_indices,
 )
 from danling.backends.parallel.stages import check_stages, cut_by_names, even_split, sequential_names, state_names
+from danling.backends.torch.data import build_dataloader
+from danling.backends.torch.sampler import build_sampler
 from danling.runners.errors import ConfigError
 
 
@@ -194,3 +196,34 @@ def test_numbers_of_microbatches():
         check_microbatch_count("Interleaved1F1B", 5, 4, 2)
     assert "bubbles" in check_microbatch_count("GPipe", 3, 4, 4)
     assert check_microbatch_count("GPipe", 4, 4, 4) is None
+
+
+class Noisy(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return index + torch.rand(2), torch.rand(())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whoever_reads_the_same_batch_augments_it_alike(workers):
+    """In the process, whose generators stay as they are, as in workers."""
+
+    def read(workers, seed):
+        torch.manual_seed(seed)
+        common = {"seed": 1, "train": True}
+        sampler = build_sampler(
+            Noisy(), "train", shuffle=True, drop_last=False, batch_size=2, data_rank=0, data_ranks=1, **common
+        )
+        loader = build_dataloader(
+            Noisy(), "train", {"num_workers": workers}, sampler, torch.utils.data.default_collate, shared=True, **common
+        )
+        batches = [torch.cat([x.flatten(), y]).tolist() for x, y in loader]
+        return batches, torch.rand(1).item()
+
+    batches, drawn = read(workers, seed=5)
+    again, other = read(0, seed=6)
+    torch.manual_seed(5)
+    assert batches == again and len({tuple(batch) for batch in batches}) == 3
+    assert drawn == torch.rand(1).item() != other
