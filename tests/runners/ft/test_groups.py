@@ -62,10 +62,12 @@ def test_a_group_that_is_killed_comes_back(groups):
     assert "was refused (1 in a row) and is run again" in logs["run-0"]
     assert "took the state of another replica group at step" in logs["again-1"]
     assert "goes on in its share of epoch 1 where it was" in logs["again-1"]
-    # 61 samples in global batches of 4: 31 of them are group 0's share, 30 group 1's
-    own, others = [[n for window in rank["seen"] for n in window] for rank in (stayed, back)]
-    assert len(own) == len(set(own)) == 31
-    assert len(others) == len(set(others)) == 30 - 4 * 2 and not set(own) & set(others)
+    # 61 samples in global batches of 4: 31 are group 0's share, 30 group 1's, of which 4 windows were committed before the kill
+    own, others = [[set(window) for window in rank["seen"]] for rank in (stayed, back)]
+    assert sum(map(len, own)) == len(set().union(*own)) == 31
+    assert sum(map(len, others)) == len(set().union(*others)) == 30 - 4 * 2
+    assert not set().union(*own) & set().union(*others)
+    assert [len(window) for window in stayed["seen"]].count(4) == 1  # the refused one was run twice
 
 
 def test_too_few_groups(groups):
@@ -73,8 +75,10 @@ def test_too_few_groups(groups):
     config = {"steps": 2, "ft.min_replica_size": 2, "ft.process_group_timeout_ms": 3000}
     groups.start(0, config=config)
     assert groups.wait(check=False) != [0]
-    message = r"no quorum within 60 s: a step needs ft.min_replica_size = 2 healthy replica groups of 2, 1 answered"
-    assert re.search(message.replace("60", r"[\d.]+"), groups.logs), groups.logs
+    message = (
+        r"no quorum within 9 s: a step needs ft.min_replica_size = 2 healthy replica groups of 2, (1|none) answered"
+    )
+    assert re.search(message, groups.logs), groups.logs
 
 
 def test_a_refused_window_is_run_again(groups):

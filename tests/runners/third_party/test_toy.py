@@ -146,6 +146,15 @@ def test_an_unknown_name_lists_it(site, tmp_path):
     assert "unknown stack 'tory'; did you mean 'toy'?" in error and re.search(r"Installed: .*\btoy\b", error), error
 
 
+def test_the_docs_show_the_package_as_it_is():
+    """The walk-through includes the very files that are tested here."""
+    page = (HERE.parents[2] / "docs" / "backends.md").read_text()
+    included = re.findall(r'^--8<-- "(tests/.*)"$', page, re.M)
+    assert {Path(name).name for name in included} == {"pyproject.toml", "runner.py"}
+    for name in included:
+        assert (HERE.parents[2] / name).is_relative_to(HERE) and (HERE.parents[2] / name).is_file()
+
+
 @pytest.mark.slow
 def test_an_unchanged_script_trains_on_it(site, tmp_path):
     """Two ranks; the same result as on DistributedDataParallel, and as in one process."""

@@ -66,6 +66,7 @@ class FaultTolerance:
         options = runner.config.ft
         self.runner, self.options = runner, options
         self.timeout = timedelta(milliseconds=options.process_group_timeout_ms)
+        self.patience = 3 * self.timeout  # for a quorum: others may have to wait a lost collective out first
         host, port = self._open_store()
         kind = ProcessGroupNCCL if options.process_group == "nccl" else ProcessGroupGloo
         self._transport_group = kind(timeout=self.timeout)
@@ -78,7 +79,7 @@ class FaultTolerance:
             use_async_quorum=False,  # a group that was behind is healed before it computes anything
             init_sync=False,  # it would give each rank of a group the weights of another one
             timeout=self.timeout,
-            quorum_timeout=self.timeout,
+            quorum_timeout=self.patience,
             connect_timeout=self.timeout,
             rank=runner.rank,
             world_size=runner.world_size,
@@ -149,7 +150,7 @@ class FaultTolerance:
         self.manager.load_state_dict({"step": state.global_step + state.skipped, "batches_committed": 0})
         seconds = self.runner.config.comm.init_timeout_seconds
         epoch, positions = state.epoch, state.positions
-        self._form_quorum(max(self.timeout, timedelta(seconds=seconds or 0)))
+        self._form_quorum(max(self.patience, timedelta(seconds=seconds or 0)))
         self._formed = True
         if self._was_healed():
             self._find_position(epoch, positions)
@@ -196,7 +197,7 @@ class FaultTolerance:
         while True:
             if not self._formed:
                 epoch = runner.train_state.epoch
-                self._form_quorum(self.timeout)
+                self._form_quorum(self.patience)
                 if self._was_healed():
                     self._require_same_epoch(epoch)
             self._formed = False
@@ -253,13 +254,21 @@ class FaultTolerance:
             "the window after step %d was refused (%d in a row) and is run again: %s",
             runner.global_step,
             self._refusals,
-            self.manager.errored() or "another rank has seen an error",
+            self._error() or "another rank or group has seen an error",
         )
         if self._refusals >= MAX_REFUSALS:
             raise RuntimeError(
-                f"{MAX_REFUSALS} windows in a row were refused; the last error: {self.manager.errored()}. "
+                f"{MAX_REFUSALS} windows in a row were refused; the last error: {self._error()}. "
                 "Look at the network between the replica groups, and at ft.process_group_timeout_ms"
             )
+
+    def _error(self) -> str | None:
+        """What this rank has seen go wrong since the quorum was formed."""
+        error = self.manager.errored()
+        if error is None:
+            return None
+        cause = getattr(error, "original_exception", error)
+        return f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
 
     # Healing
 

@@ -86,6 +86,7 @@ class Replicas(_Host):
     """The part of `TorchRunner` that replica groups change."""
 
     ft: FaultTolerance | None
+    window: Any
     _train_metrics: Any
     _saving: str | None = None
 

@@ -32,8 +32,12 @@ def endure(place: Place) -> dict[str, Any]:
     with Task(place.config(auto_resume=True, **STORY)) as runner:
         resumed_at = runner.global_step
         at = int(os.environ.get(KILL, "0"))
-        if place.last:
-            runner.on("step", lambda runner, event: event.global_step == at and os.kill(os.getpid(), signal.SIGKILL))
+
+        def die(runner: Any, event: Any) -> None:
+            if place.last and event.global_step == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        runner.on("step", die)
         runner.train()
         return {"resumed": resumed_at, "story": story(runner)}
 
@@ -103,7 +107,7 @@ def saves_while_training(place: Place) -> dict[str, Any]:
         def capture(self) -> Any:
             return Later(super().capture())
 
-    options = {"steps": 6, "evaluate_splits": [], "checkpoint__interval": "1 steps"}
+    options: dict[str, Any] = {"steps": 6, "evaluate_splits": [], "checkpoint__interval": "1 steps"}
     with Slow(place.config(**options)) as runner:
         runner.record = True
         runner.train()

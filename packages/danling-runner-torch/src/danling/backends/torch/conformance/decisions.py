@@ -122,9 +122,9 @@ def save_asked_by_one_rank(place: Place) -> list[str]:
 
 
 @scenario
-def poisoned(place: Place) -> dict[str, Any]:
+def poisoned(place: Place) -> dict[float | None, Any]:
     """One micro-batch of the last data rank is NaN, with and without clipping."""
-    options = {"steps": 6, "accum_steps": 2, "task__poison": 4, "skip_nonfinite_grad": True}
+    options: dict[str, Any] = {"steps": 6, "accum_steps": 2, "task__poison": 4, "skip_nonfinite_grad": True}
     return {clip: train(place, f"clip {clip}", max_grad_norm=clip, **options) for clip in (None, 0.5)}
 
 
