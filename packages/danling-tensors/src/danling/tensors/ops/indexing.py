@@ -475,8 +475,20 @@ def nonzero(func: Any, x: Any, *, as_tuple: bool = False, **kwargs: Any) -> Any:
     at = coords(layout, values.device)
     element = owner(layout, values.device)
     shape = (layout.rows, *layout.static_sizes)
-    hit = flat_values(wrap(values != 0, layout, x._flags))
-    columns = [flat_values(wrap(c.expand(shape), layout, x._flags))[hit] for c in (element, *at)]
+    count = len(layout.ragged_dims)
+    if layout.ragged_dims == tuple(range(count)):  # rows lie in the order that is asked for
+        if "size" in kwargs and layout.rows:
+            found = torch.nonzero_static(values, size=kwargs["size"], fill_value=-1)
+            row, inner = found[:, 0].clamp_min(0), list(found.unbind(1)[1:])
+        else:
+            row, *inner = values.nonzero(as_tuple=True)
+            found = row[:, None]
+        columns = [c.flatten()[row] for c in (element, *at[:count])] + inner
+        fill = kwargs.get("fill_value", -1)
+        columns = [torch.where(found[:, 0] < 0, fill, c) for c in columns] if "size" in kwargs else columns
+    else:
+        hit = flat_values(wrap(values != 0, layout, x._flags))
+        columns = [flat_values(wrap(c.expand(shape), layout, x._flags))[hit] for c in (element, *at)]
     if not layout.batch_first and layout.rank:
         columns[0], columns[1] = columns[1], columns[0]
     out = torch.stack(columns, 1)

@@ -250,7 +250,8 @@ def truth(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, axis: An
         return func(values, dims) if name == "count_nonzero" else func(values, dims, keep)
 
     def segment(plan: Plan, values: Tensor) -> Tensor:
-        hit = values == 0 if name == "all" else values != 0
+        true = values if values.dtype == torch.bool else values != 0  # which would widen bool to compare it
+        hit = true.logical_not() if name == "all" else true
         if name == "count_nonzero":
             return segment_sum(plan, hit)
         if plan.static:  # before anything is counted, which takes eight bytes a value
