@@ -217,7 +217,7 @@ def test_another_world_size_takes_over_in_the_middle_of_an_epoch(tmp_path, reque
 
 
 @SLOW
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=SLOW)])
 def test_a_stream_divided_over_ranks_by_stride(tmp_path, request, workers):
     """51 items over two ranks, 26 and 25, stopped in the middle of each epoch."""
     overrides = {

@@ -102,7 +102,9 @@ def save(directory: Path, last: int, mode: str, failing: int = -1, crash: str | 
 
 
 # "boundary" commits asynchronous saves on the default group at the next boundary.
-@pytest.mark.parametrize("mode", ["async", "boundary", pytest.param("sync", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode", ["async", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("boundary", "sync"))]
+)
 def test_a_rank_that_fails_fails_the_save_on_all(tmp_path: Path, mode: str) -> None:
     save(tmp_path, 5, mode, failing=1)
     check(tmp_path, 5)

@@ -52,13 +52,16 @@ def flat(value):
     "case",
     [
         {"dataloader__batch_size": 12, "dataloader__drop_last": False, "tiny__count": 49},
-        {
-            "dataloader__batch_size": 6,
-            "dataloader__drop_last": False,
-            "accum_steps": 2,
-            "max_grad_norm": 0.5,
-            "tiny__count": 49,
-        },
+        pytest.param(
+            {
+                "dataloader__batch_size": 6,
+                "dataloader__drop_last": False,
+                "accum_steps": 2,
+                "max_grad_norm": 0.5,
+                "tiny__count": 49,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["uneven", "accumulated and clipped"],
 )
