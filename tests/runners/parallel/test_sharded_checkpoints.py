@@ -60,6 +60,16 @@ def test_other_degrees_go_on_with_the_same_numbers(tmp_path):
             close(found[key], last, key, rel=1e-6 if key == "entries" else 1e-9)
 
 
+@pytest.mark.slow
+def test_what_lost_ranks_had_measured_counts(tmp_path):
+    """Nothing is learned, so that the mean loss of the epoch is the same on any number of ranks."""
+    case = layout({**ADAMW, "optim__lr": 0.0, "epochs": 1, "log_interval": 0}, 4, shard=-1)
+    found = start(tmp_path, 4, {"straight": [case], "fewer": [{**case, "stop": 2}]})[0]
+    assert len(found["fewer"]["norms"]) < len(found["straight"]["norms"])
+    fewer = start(tmp_path, 2, {"fewer": [{**case, **RESUMED}]})[0]["fewer"]
+    close(fewer["results"], found["straight"]["results"], "results")
+
+
 CRASHES = ["save.file@1:9", "step.end:11", "save.manifest_tmp:3", "save.rename:4", "evaluate.batch@1:3"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ from .payload import (
 )
 from .rng import capture_rng, restore_rng
 from .sharded import Sharded
+from .snapshot import read_file
 
 
 class Restoring(Sharded):
     """The part of `TorchRunner` that saves and restores."""
 
     _buffers: HostBuffers | None
+    _log_mark: tuple[float, float] | None
 
     # Saving
 
@@ -149,8 +152,12 @@ class Restoring(Sharded):
     def read_state(self, directory: Path) -> dict[str, Any]:
         """Read what `write_state` wrote, by component."""
         payload = read_payload(directory, self.rank)
+        saved = list((directory / "ranks").glob("rank-*.pt"))
         if "rng" not in payload and (directory / "ranks").is_dir():
             payload |= {"rng": {}, "dataloaders": {}}  # a rank that did not exist when the checkpoint was saved
+        gone = range(self.rank + self.world_size, len(saved), self.world_size)
+        if gone:  # what ranks that are no more had measured of an unfinished pass
+            payload["gone"] = [read_file(directory / rank_file(rank)) for rank in gone]
         return payload
 
     def load_checkpoint(self, src: Any) -> None:
@@ -165,7 +172,12 @@ class Restoring(Sharded):
             self._meters[True].load_state_dict(payload["meters"])
         if "metrics" in payload and hasattr(self.train_metrics, "load_state_dict"):
             self.train_metrics.load_state_dict(payload["metrics"])
-        self._log_mark = tuple(payload["log_mark"]) if payload.get("log_mark") else None
+        for gone in payload.get("gone", ()):
+            for name, kept in (("meters", self._meters[True]), ("metrics", self.train_metrics)):
+                if name in gone and hasattr(kept, "merge"):
+                    _take_in(kept, gone[name])
+        marks = [share["log_mark"] for share in (payload, *payload.get("gone", ())) if share.get("log_mark")]
+        self._log_mark = tuple(map(sum, zip(*marks, strict=True))) if marks else None  # type: ignore[assignment]
         if self.scheduler is not None:
             self._extend_schedule()
 
@@ -312,3 +324,11 @@ class Restoring(Sharded):
             ema: prefer the moving average where there is one.
         """
         return read_weights(directory, ema=ema)
+
+
+def _take_in(kept: Any, state: Mapping[str, Any]) -> None:
+    """Add what another rank had measured to meters or metrics."""
+    group = getattr(kept, "group", None)
+    other = deepcopy(kept, {id(group): group})  # process groups cannot be copied, and need not be
+    other.load_state_dict(state)
+    kept.merge(other)
