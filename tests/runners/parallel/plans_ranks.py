@@ -584,13 +584,17 @@ def parse(text: str) -> dict[str, int]:
     return {axis: int(degree) for axis, _, degree in (item.partition("=") for item in text.split(",") if item)}
 
 
-if __name__ == "__main__":
+def main(scenarios: list[str]) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    for scenario in sys.argv[1:]:
+    for scenario in scenarios:
         name, _, options = scenario.partition(":")
         globals()[name](*[parse(options)] if options else [])
         dist.barrier()
         print("passed", scenario, flush=True)
         print(f"{time.process_time():.1f} s of CPU", flush=True)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

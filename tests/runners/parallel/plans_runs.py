@@ -6,6 +6,7 @@ A run with `model: experts` uses that, with `model: staged` one that a pipeline 
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def run(root: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     return run_plain(root, overrides)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
     layouts.run = run
+    sys.argv[1:] = arguments
     layouts.main()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from support.ranks import run_ranks
-
-SCRIPT = Path(__file__).with_name("plans_ranks.py")
-WARNINGS = {"PYTHONWARNINGS": "error::FutureWarning,error::DeprecationWarning:danling"}
+from danling.backends.torch.conformance.forks import Forks
 
 
-def passes(nproc: int, *scenarios: str, timeout: float = 150.0) -> None:
-    for result in run_ranks(SCRIPT, nproc, scenarios, timeout=timeout, env=WARNINGS):
-        assert [line for line in result.output.splitlines() if line.startswith("passed")] == [
-            f"passed {scenario}" for scenario in scenarios
-        ]
+@pytest.fixture(scope="module")
+def passes():
+    """Runs scenarios on ranks, which all have to pass; torch's own deprecations are errors there."""
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("PYTHONWARNINGS", "error::FutureWarning")
+        forks = Forks("parallel", "plans_ranks:main")
+
+    def run(nproc: int, *scenarios: str) -> None:
+        for result in forks.run(nproc, scenarios, timeout=150):
+            assert [line for line in result.output.splitlines() if line.startswith("passed")] == [
+                f"passed {scenario}" for scenario in scenarios
+            ]
+
+    with forks:
+        yield run
 
 
-def test_layers_split_by_heads_and_hidden_units() -> None:
+def test_layers_split_by_heads_and_hidden_units(passes) -> None:
     passes(2, "forward:tensor=2", "train:tensor=2", "checkpoint:tensor=2", "dropout", "ragged")
 
 
-def test_models_that_split_themselves() -> None:
+def test_models_that_split_themselves(passes) -> None:
     passes(2, "styles:tensor=2", "vocabulary", "experts:expert=2")
 
 
-def test_sequences_of_which_ranks_hold_parts() -> None:
+def test_sequences_of_which_ranks_hold_parts(passes) -> None:
     passes(2, "forward:context=2", "train:context=2", "ring")
 
 
 @pytest.mark.slow
-def test_two_axes_at_once_and_compiled() -> None:
+def test_two_axes_at_once_and_compiled(passes) -> None:
     passes(
         4,
         "forward:tensor=2,context=2",

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from support.ranks import run_ranks
+from danling.backends.torch.conformance.forks import Forks
 
-SCRIPT = Path(__file__).with_name("plans_runs.py")
 EXPERTS, STAGED = {"model": "experts"}, {"model": "staged"}
 ADAMW = {
     "optim__type": "adamw",
@@ -23,23 +22,29 @@ ADAMW = {
 SGD = {"optim__type": "sgd", "optim__lr": 0.1, "optim__momentum": 0.9, "accum_steps": 3, "max_grad_norm": 0.05}
 
 
-Scenarios = dict[str, list[dict[str, Any]]]
-
-
-def start(folder: Path, nproc: int, scenarios: Scenarios, crash: str | None = None) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def start():
     """Run scenarios on ranks; what each rank found, by scenario. With `crash`, one rank is killed there, and nothing is."""
-    folder.mkdir(exist_ok=True)
-    (folder / "scenarios.json").write_text(json.dumps(scenarios))
-    tests = str(Path(__file__).parents[2])
-    env = {"PYTHONPATH": os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    if crash is not None:
-        env["DANLING_CRASH_AT"] = crash
-    arguments = [str(folder / "scenarios.json")]
-    ranks = run_ranks(SCRIPT, nproc, arguments, env=env, timeout=200, check=crash is None)
-    if crash is not None:
-        assert ranks[int(crash.partition("@")[2][0])].returncode == 137, ranks[0].output
-        return []
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(nproc)]
+    here = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(here), str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        forks = Forks("parallel", "plans_runs:main")
+
+    def run(
+        folder: Path, nproc: int, scenarios: dict[str, list[dict[str, Any]]], crash: str | None = None
+    ) -> list[dict[str, Any]]:
+        folder.mkdir(exist_ok=True)
+        (folder / "scenarios.json").write_text(json.dumps(scenarios))
+        env = {} if crash is None else {"DANLING_CRASH_AT": crash}
+        ranks = forks.run(nproc, [str(folder / "scenarios.json")], timeout=200, env=env, check=crash is None)
+        if crash is not None:
+            assert ranks[int(crash.partition("@")[2][0])].returncode in (137, -9), ranks[0].output
+            return []
+        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(nproc)]
+
+    with forks:
+        yield run
 
 
 def over(case: dict[str, Any], batch: int = 12, **axes: int) -> dict[str, Any]:
@@ -64,22 +69,20 @@ def compare(ranks: list[dict[str, Any]], one: dict[str, Any], what: str) -> None
             assert found[key] == ranks[0][key], (what, key)
 
 
-def one_process(folder: Path, **cases: dict[str, Any]) -> dict[str, Any]:
-    return start(folder, 1, {name: [{"stack": "torch", **case}] for name, case in cases.items()})[0]
-
-
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return one_process(
-        tmp_path_factory.mktemp("one"),
-        adamw={**ADAMW, "dataloader__batch_size": 12},
-        sgd={**SGD, "dataloader__batch_size": 4},
-        experts={**ADAMW, **EXPERTS, "dataloader__batch_size": 12},
-        staged={**ADAMW, **STAGED, "dataloader__batch_size": 12},
-    )
+def one(start, tmp_path_factory):
+    """One process on the whole of each batch."""
+    cases = {
+        "adamw": {**ADAMW, "dataloader__batch_size": 12},
+        "sgd": {**SGD, "dataloader__batch_size": 4},
+        "experts": {**ADAMW, **EXPERTS, "dataloader__batch_size": 12},
+        "staged": {**ADAMW, **STAGED, "dataloader__batch_size": 12},
+    }
+    runs = {name: [{"stack": "torch", **case}] for name, case in cases.items()}
+    return start(tmp_path_factory.mktemp("one"), 1, runs)[0]
 
 
-def test_each_axis_alone(tmp_path, one):
+def test_each_axis_alone(start, tmp_path, one):
     runs = {
         "adamw, tensor": over(ADAMW, tensor=2),
         "sgd, context": over(SGD, 4, context=2),
@@ -108,7 +111,7 @@ def same(resumed: dict[str, Any], straight: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_two_axes_at_once(tmp_path, one):
+def test_two_axes_at_once(start, tmp_path, one):
     runs = {
         "adamw, shard × tensor": over(ADAMW, shard=2, tensor=2),
         "sgd, replicate × tensor": over(SGD, 4, replicate=2, tensor=2),
@@ -128,7 +131,7 @@ def test_two_axes_at_once(tmp_path, one):
         same(rank["resumed"], rank["straight"])
 
 
-def killed(folder: Path, run: dict[str, Any], crash: str) -> None:
+def killed(start: Any, folder: Path, run: dict[str, Any], crash: str) -> None:
     """Run on two ranks, kill one where `crash` says, resume, and compare with a run that was left alone."""
     straight = start(folder / "straight", 2, {"run": [run]})
     start(folder / "killed", 2, {"run": [run]}, crash)
@@ -137,22 +140,22 @@ def killed(folder: Path, run: dict[str, Any], crash: str) -> None:
         same(other["run"], alone["run"])
 
 
-def test_killed_on_tensor_ranks_and_resumed(tmp_path):
-    killed(tmp_path, over(LIVELY, 4, tensor=2), "step.end@1:8")
+def test_killed_on_tensor_ranks_and_resumed(start, tmp_path):
+    killed(start, tmp_path, over(LIVELY, 4, tensor=2), "step.end@1:8")
 
 
 @pytest.mark.slow
-def test_killed_on_context_ranks_and_resumed(tmp_path):
-    killed(tmp_path, over(LIVELY, 4, context=2), "save.manifest@0:3")
+def test_killed_on_context_ranks_and_resumed(start, tmp_path):
+    killed(start, tmp_path, over(LIVELY, 4, context=2), "save.manifest@0:3")
 
 
 @pytest.mark.slow
-def test_killed_on_expert_ranks_and_resumed(tmp_path):
-    killed(tmp_path, over(LIVELY | EXPERTS, 4, expert=2), "save.file@1:4")
+def test_killed_on_expert_ranks_and_resumed(start, tmp_path):
+    killed(start, tmp_path, over(LIVELY | EXPERTS, 4, expert=2), "save.file@1:4")
 
 
 @pytest.mark.slow
-def test_what_one_layout_saved_another_loads(tmp_path):
+def test_what_one_layout_saved_another_loads(start, tmp_path):
     """Weights go anywhere, under the names and shapes of the unsplit model; whole states where the layout allows it."""
     half = {**ADAMW, "stop": 10}
     split, whole = over(half, tensor=2), {**half, "stack": "torch", "dataloader__batch_size": 12}
