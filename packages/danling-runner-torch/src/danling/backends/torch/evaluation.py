@@ -30,6 +30,7 @@ LOOK_EVERY = 8  # batches between two looks for a request to stop
 class Evaluation(_Host):
     """The evaluating half of `TorchRunner`."""
 
+    evaluate_metrics: Any
     split: Any
     mode: Any
     _clock: Any
@@ -246,7 +247,7 @@ class Evaluation(_Host):
         return self._gather_entries(split, own) if gather else own
 
     def _infer_batches(self, split: str, steps: int | None) -> Iterator[list[Any]]:
-        iterator = iter(islice(self._fresh_loader(split), steps))
+        iterator: Iterator[Any] = iter(islice(self._fresh_loader(split), steps))
         if self.meets_in_forward:
             iterator = self._together(iterator, lambda data: self.infer_step(self.input_to_infer(data)))
         while True:

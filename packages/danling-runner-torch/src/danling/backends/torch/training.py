@@ -31,6 +31,9 @@ class _Muted:
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
+    def reset(self) -> None:
+        """Do nothing."""
+
 
 MUTED = _Muted()
 
