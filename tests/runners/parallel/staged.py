@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from danling.backends.parallel.stages import cut_by_names, sequential_names
 from danling.metrics import multiclass_metrics
 from danling.runners import Runner
 from support.tiny import Points, tiny_config
@@ -120,6 +121,9 @@ class Staged(Runner):
         self.model = MODELS[options.get("x_model", "sequential")](options.get("x_dropout", 0.0))
         if self.model is not None:
             self.model.double()
+        if options.get("x_parts") and hasattr(self, "model_parts"):  # stages made by hand instead of a model
+            names = sequential_names(self.model, 2)
+            self.model, self.model_parts = None, list(cut_by_names(self.model, names, [self.rank]).values())
         self.set_seed()
         self.criterion = nn.CrossEntropyLoss(ignore_index=-1, reduction=options.get("x_reduction", "mean"))
         self.datasets.train = (Noisy if options.get("x_noisy") else Points)(options.get("x_count", 49))
@@ -132,6 +136,7 @@ class Staged(Runner):
         self.norms: list[float] = []
         self.seen: list[Any] = []
         self.inferred: list[str] = []
+        self.read: set[str] = set()
         self.on("step", lambda runner, event: self.norms.append(float(self.grad_norm or 0)))
 
     def infer_step(self, data: Any) -> list[Any]:
@@ -139,6 +144,7 @@ class Staged(Runner):
         return super().infer_step(data)
 
     def train_step(self, data: Any) -> tuple[Any, Any]:
+        self.read.add(type(data).__name__)
         if self.options.get("x_own_step"):
             loss = sum(parameter.sum() for parameter in self.model.parameters())
             self.advance(loss)
@@ -189,6 +195,7 @@ def run_to_its_end(overrides: dict[str, Any], options: dict[str, Any], folder: P
             "seen": runner.seen,
             "entries": [entry.tolist() for entry in entries],
             "own": len(own),
+            "read": sorted(runner.read),
             "streamed": streamed,
             "inferred": sorted(set(runner.inferred)),
             "last": getattr(runner, "pipeline_has_last_stage", True),

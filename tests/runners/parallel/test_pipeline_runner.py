@@ -57,6 +57,7 @@ CASES = {
     "adamw, accumulated, clipped": ({**ADAMW, "accum_steps": 3}, {"parallel__pipeline_schedule": "gpipe"}),
     "interleaved": ({**ADAMW, "x_metrics": True}, {"parallel__pipeline_schedule": "Interleaved1F1B"}),
     "shaped like a V": ({**SGD, "max_grad_norm": 0.1}, {"parallel__pipeline_schedule": "ZBVZeroBubble"}),
+    "parts by hand": ({**SGD, "x_parts": True, "epochs": 2}, {}),
     "summed losses": ({**SGD, "x_reduction": "sum", "optim__lr": 1e-3, "accum_steps": 2}, {}),
     "hook and tied weights": (
         {**ADAMW, "x_model": "named", "scheduler__type": "cosine", "ema__enabled": True},
@@ -103,6 +104,7 @@ def test_two_stages_equal_one_process(start, tmp_path):
         assert one[index]["state"]["global_step"] >= 8
         own = [rank[index] for rank in two if rank[index]["last"]]
         assert len(own) == 1 and own[0]["own"] == 21
+        assert all(rank[index]["read"] == ["list"] for rank in two if rank[index]["last"])
         close(own[0]["losses"], [loss for loss in one[index]["losses"] if not math.isnan(loss)], what)  # all ignored
 
 
@@ -137,6 +139,12 @@ def test_four_ranks_equal_one_process(start, tmp_path):
     four = start(tmp_path / "four", 4, [{**COMMON, **case, **PIPELINE, **own} for case, own in WIDE.values()])
     for index, what in enumerate(WIDE):
         compare(one[index], [rank[index] for rank in four], what)
+    assert [rank[0]["read"] for rank in four] == [
+        ["list"],
+        ["Tensor"],
+        ["Tensor"],
+        ["list"],
+    ]  # positions between the ends
 
 
 def test_first_and_last_stage_augment_alike(start, tmp_path):

@@ -265,13 +265,16 @@ class Pipelining(_Host):
                 "compiled modules do not allow; use another schedule"
             )
         for split in self._split_names:
-            if (full := self._full_rows(split)) is not None:
-                count = plan_microbatches(
-                    full, full, options.pipeline_n_microbatches, options.pipeline_microbatch_size
-                )[0]
-                warning = check_microbatch_count(layout.name, count, layout.count, degree)
-                if warning and split in self.train_splits and self.is_main_process:
-                    self.logger.warning("%s: %s", split, warning)
+            full = self._full_rows(split)
+            if full is None:
+                continue
+            try:
+                plan = plan_microbatches(full, full, options.pipeline_n_microbatches, options.pipeline_microbatch_size)
+                warning = check_microbatch_count(layout.name, plan.count, layout.count, degree)
+            except ConfigError as error:
+                raise ConfigError(f"split {split!r}: {error}") from error
+            if warning and split in self.train_splits and self.is_main_process:
+                self.logger.warning("split %r: %s", split, warning)
 
     # Data
 
