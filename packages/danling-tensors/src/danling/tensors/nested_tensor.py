@@ -26,7 +26,7 @@ from danling.tensors.packing import (
     to_padded,
 )
 from danling.tensors.serialization import Serialization
-from danling.tensors.traceable import Traceable, asked_by_torch, for_guard, in_transform, stripped, told, tracer_of
+from danling.tensors.traceable import Traceable, asked_by_torch, for_guard, in_transform, reading, stripped, told
 
 _Base: Any = torch._C.TensorBase
 _as_subclass = _Base.as_subclass
@@ -312,7 +312,7 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
         """
         if len(self._layout.ragged_dims) != 1:
             raise ValueError(f"lengths needs exactly one ragged dim, got ragged_dims={self._layout.ragged_dims}")
-        with tracer_of(self._values):
+        with reading(self._values):
             return told(self, self._layout.segments.on("lengths", self._values.device).clone())
 
     @property
@@ -400,13 +400,13 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
     @property
     def tensor(self) -> Tensor:
         """Padded dense tensor of `.shape`, made afresh on each read; differentiable."""
-        with tracer_of(self._values):
+        with reading(self._values):
             return told(self, to_padded(values_of(self), self._layout, self._flags[0]))
 
     @property
     def mask(self) -> Tensor:
         """bool, `not mask_value` where data is; batch and element dims up to the last ragged one."""
-        with tracer_of(self._values):
+        with reading(self._values):
             return told(self, make_mask(self._layout, self._values.device, self._flags[1]))
 
     @property

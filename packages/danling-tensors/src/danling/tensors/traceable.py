@@ -7,6 +7,7 @@ its packed values. Who asks for a size or a storage therefore matters in four pl
 from __future__ import annotations
 
 import sys
+from collections import deque
 from contextlib import nullcontext
 from typing import Any
 
@@ -89,15 +90,24 @@ def asked_by_torch(depth: int = 2) -> bool:
     return sys._getframe(depth).f_globals.get("__name__", "").startswith("torch._")
 
 
-def tracer_of(values: Tensor) -> Any:
-    """The fake mode of a fake tensor: torch.compile reads properties of NestedTensors while its own is off."""
+_recent: deque[Tensor] | None = None
+"""What properties gave lately, once torch.compile has read one of an input: its guards read the properties of inputs one
+after another, and take two at the same address, that of one dropped before, for the same tensor."""
+
+
+def reading(values: Tensor) -> Any:
+    """The context in which a property makes its tensor: the fake mode of fake values, which torch.compile has off then."""
     return getattr(values, "fake_mode", None) or nullcontext()
 
 
 def told(x: Traceable, out: Tensor) -> Tensor:
     """`out`, a property of `x`; where torch.compile makes it an input of a graph, with its sizes marked as dynamic."""
+    global _recent
     if asked_by_torch(3):
+        _recent = _recent if _recent is not None else deque(maxlen=8)
         out._dynamo_propagated_dynamic_indices = {d for d in x._dynamo_propagated_dynamic_indices if d < out.dim()}  # type: ignore[attr-defined]
+    if _recent is not None:
+        _recent.append(out)
     return out
 
 
