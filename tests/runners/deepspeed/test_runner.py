@@ -512,14 +512,20 @@ def test_models_and_optimizers_that_are_refused(tmp_path):
     assert type(runner.optimizer) is torch.optim.SGD and runner.global_step == 6
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_nothing_is_left_behind(tmp_path, stage):
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_nothing_is_left_behind(
+    tmp_path, saved, stage
+):  # after runs, because importing torch.compile changes the environment
     environ, filters, functions = dict(os.environ), list(warnings.filters), dict(vars(torch.nn.functional))
     for index in range(2):
         runner, _ = train(tmp_path / f"{index}", stage)
         assert not dist.is_initialized() and dict(os.environ) == environ and list(warnings.filters) == filters
         assert dict(vars(torch.nn.functional)) == functions
         assert type(runner.model).__name__ == "Sequential"
+    if stage < 3:  # whole, and plain again
+        assert not runner.model._forward_pre_hooks and not runner.model._forward_hooks
+        runner.model(torch.ones(2, 4)).sum().backward()
+        assert runner.model[0].weight.grad is not None and len(runner.infer("val")) == 21
 
 
 def test_a_process_group_of_somebody_else(tmp_path):

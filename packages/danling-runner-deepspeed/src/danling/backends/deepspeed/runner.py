@@ -182,6 +182,8 @@ class DeepSpeedRunner(TorchRunner):
     def _destroy_engine(self) -> None:
         self.model = self.unwrap(self.model)
         self.engine.destroy()
+        for hook in (self.engine.module_forward_pre_hook, self.engine.module_forward_post_hook):
+            hook.remove()
 
     def unwrap(self, model: Any) -> Any:
         """The user's module, without the engine and other layers around it."""
