@@ -46,6 +46,8 @@ def multi_head_attention_forward(
     """Operands are sequence-first as torch's function wants them: `.shape` `(L, B, E)`, i.e. `batch_first=False`."""
     if static_k is not None or static_v is not None:
         raise NotImplementedError("static_k and static_v are not supported with NestedTensors")
+    if isinstance(is_causal, torch.SymBool):  # found out from the mask in a traced graph: the mask says it, too
+        is_causal = False
     if is_causal and attn_mask is None:
         raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
     one = key is value
