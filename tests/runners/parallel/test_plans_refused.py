@@ -84,6 +84,17 @@ def test_parts_that_a_model_splits_itself() -> None:
         SplitCrossEntropy(Context(tensor=2), weight=torch.ones(4), label_smoothing=0.1)
 
 
+def test_split_linear_layers_keep_out_of_fp8() -> None:
+    from danling.backends.parallel.plans.linear import Columns
+    from danling.backends.parallel.plans.modules import become
+    from danling.backends.torch.fp8 import fits
+
+    linear = nn.Linear(32, 32)
+    assert fits(linear)
+    become(linear, Columns)
+    assert isinstance(linear, nn.Linear) and not fits(linear)
+
+
 def test_nothing_to_split() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     assert not apply_tensor_plan(model, Context(tensor=2))

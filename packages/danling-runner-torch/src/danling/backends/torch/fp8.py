@@ -29,12 +29,14 @@ def choose_backend(wanted: str) -> str:
 
 
 def fits(module: nn.Linear) -> bool:
-    """Return whether both sizes of a linear layer suit fp8.
+    """Return whether both sizes of a linear layer suit fp8, and it is a plain one: not split over ranks, no subclass's forward.
 
     Example:
         >>> fits(nn.Linear(32, 64)), fits(nn.Linear(32, 10))
         (True, False)
     """
+    if hasattr(module.weight, "placements") or type(module).forward is not nn.Linear.forward:
+        return False
     return module.in_features % _MULTIPLE == 0 and module.out_features % _MULTIPLE == 0
 
 
@@ -50,7 +52,8 @@ def convert_to_fp8(model: nn.Module, wanted: str, logger: logging.Logger) -> nn.
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     left = [name for name, module in linears.items() if not fits(module)]
     if left:
-        logger.info("fp8: sizes of %s are no multiples of %d; they stay as they are", ", ".join(left), _MULTIPLE)
+        names = ", ".join(left)
+        logger.info("fp8: %s stay as they are: sizes are no multiples of %d, or layers are split", names, _MULTIPLE)
     if backend == "torchao":
         from torchao.float8 import convert_to_float8_training
 
