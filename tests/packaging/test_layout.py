@@ -104,7 +104,7 @@ def test_runner_core_never_imports_torch(package) -> None:
         names = set(imports(package.source / path, module_name(path), top_level_only=True))
         heavy = {name for name in names if name.split(".")[0] in {"torch", "numpy", "pandas"}}
         assert not heavy, f"{path} imports {sorted(heavy)} when it is imported"
-        if path.name != "config.py":
+        if path.name not in ("config.py", "checking.py"):  # the second is a part of the first
             assert not any(name.split(".")[0] == "chanfig" for name in names), f"{path} imports chanfig"
 
 
