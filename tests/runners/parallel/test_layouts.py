@@ -139,6 +139,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 def test_options(tmp_path, one):
     ranks = start(tmp_path, 2, {name: [case] for name, case in {**OPTIONS, **LOOSE, **ODD}.items()})
     reference = one["sgd"]

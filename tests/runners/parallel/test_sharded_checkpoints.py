@@ -20,7 +20,7 @@ KEPT = ("weights", "average", "results", "norms", "evaluated", "best", "entries"
 RESUMED = {"auto_resume": True}
 
 
-@pytest.mark.parametrize("axes", [{"replicate": 2}, {"shard": 2}], ids=str)
+@pytest.mark.parametrize("axes", [pytest.param({"replicate": 2}, marks=pytest.mark.slow), {"shard": 2}], ids=str)
 def test_stopped_and_resumed_is_the_run_that_went_on(tmp_path, axes):
     case = layout(LIVELY, 2, **axes)
     ranks = start(tmp_path, 2, {"straight": [case], "resumed": [{**case, "stop": 7}, {**case, **RESUMED}]})
@@ -33,6 +33,7 @@ def test_stopped_and_resumed_is_the_run_that_went_on(tmp_path, axes):
         assert resumed["losses"] == straight["losses"][-len(resumed["losses"]) :]
 
 
+@pytest.mark.slow
 def test_other_degrees_go_on_with_the_same_numbers(tmp_path):
     """2 × 2 → 4, 4 → 2 × 2, and 4 → 2 → 1 shards with a smaller world, whose reference is plain DDP on as many ranks."""
     case = layout(STILL, 4)
