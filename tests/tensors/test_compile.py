@@ -203,7 +203,9 @@ def test_what_needs_the_lengths_is_named():
     with pytest.raises(torch._dynamo.exc.Unsupported, match="need_weights=True"):
         torch.compile(lambda x: attention(x, x, x)[0], backend="eager", fullgraph=True)(x)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="give a list"):
-        torch.compile(NestedTensor.from_lengths, backend="eager", fullgraph=True)(x.concat, x.lengths)
+        torch.compile(lambda v, n: NestedTensor.from_lengths(v, n), backend="eager", fullgraph=True)(
+            x.concat, x.lengths
+        )
 
 
 def test_without_fullgraph_it_is_one_break():
