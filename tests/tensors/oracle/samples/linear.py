@@ -1,5 +1,7 @@
 """Samples of products of matrices and vectors, and attention."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from tensors.oracle.sample import STANDARD, Sample
@@ -44,6 +46,34 @@ def masked(boolean):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:n, : k.shape[-2]])
 
     return call
+
+
+def encoder_layer(x, norm_first):
+    """What an encoder layer calls in evaluation; batch first, width 4, two heads."""
+
+    def weights(*shape):
+        return torch.linspace(-1, 1, math.prod(shape), dtype=x.dtype).view(shape)
+
+    norm, bias = weights(4) + 2, weights(4)
+    ffn = weights(6, 4), weights(6), weights(4, 6), bias
+    with torch.no_grad():
+        return torch._transformer_encoder_layer_fwd(
+            x,
+            4,
+            2,
+            weights(12, 4),
+            weights(12),
+            weights(4, 4),
+            bias,
+            True,
+            norm_first,
+            1e-5,
+            norm,
+            bias,
+            norm,
+            bias,
+            *ffn,
+        )
 
 
 SAMPLES = {
@@ -285,5 +315,15 @@ SAMPLES = {
             grad=False,
             reference=lambda d, es: False,
         )
+    ],
+    "_transformer_encoder_layer_fwd": [
+        Sample(
+            lambda d, x, first=first: encoder_layer(x, first) if nested(x) else encoder_layer(x[None], first)[0],
+            layouts=("sequences", "single", "equal"),
+            dtypes=FP32,
+            grad=False,
+            tolerance=1e-4,
+        )
+        for first in (True, False)
     ],
 }
