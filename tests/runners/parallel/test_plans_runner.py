@@ -88,7 +88,9 @@ def test_each_axis_alone(start, tmp_path, one):
         "sgd, context": over(SGD, 4, context=2),
         "experts, expert": over(ADAMW | EXPERTS, expert=2),
     }
-    ranks = start(tmp_path, 2, {name: [run] for name, run in runs.items()})
+    refused = {"at once": [over(ADAMW, tensor=2) | {"optim__foreach": True, "fails": True}]}
+    ranks = start(tmp_path, 2, {name: [run] for name, run in runs.items()} | refused)
+    assert ranks[0]["at once"]["error"] == "ConfigError" and "optim.foreach" in ranks[0]["at once"]["text"]
     for name in runs:
         compare([rank[name] for rank in ranks], one[name.split(", ")[0]], name)
 

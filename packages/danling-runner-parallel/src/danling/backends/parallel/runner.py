@@ -257,6 +257,24 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
                 if parameter.requires_grad:
                     yield clean_name(name), parameter
 
+    def build_optimizer(self) -> None:
+        """Build the optimizer named by `optim.type` unless one is bound.
+
+        Raises:
+            ConfigError: it was told to update many tensors at once, which torch does not do for split and whole ones together.
+        """
+        super().build_optimizer()
+        for group in getattr(self.optimizer, "param_groups", ()):
+            if len({hasattr(parameter, "placements") for parameter in group["params"]}) > 1:
+                at_once = [key for key in ("foreach", "fused") if group.get(key)]
+                if at_once:
+                    raise ConfigError(
+                        f"optim.{at_once[0]}: some parameters are split over {self.topology.describe()} and some are whole, "
+                        "which torch cannot update in one call; leave it out, or set parallel.axes.shard above 1"
+                    )
+                if "foreach" in group:
+                    group["foreach"] = False
+
     def check_replicas(self, when: str) -> None:
         """Compare what should be the same on several ranks.
 
