@@ -149,9 +149,11 @@ def test_four_ranks_equal_one_process(start, tmp_path):
 
 def test_first_and_last_stage_augment_alike(start, tmp_path):
     noisy = {**COMMON, **SGD, **PIPELINE, "x_noisy": True, "x_dropout": 0.1, "epochs": 2}
-    first, last = (rank[0] for rank in start(tmp_path / "two", 2, [noisy]))
-    assert first["seen"] == last["seen"] and len(first["seen"]) == 14
-    assert first["seen"][0] != first["seen"][7]
+    ranks = start(tmp_path / "two", 2, [noisy, {**noisy, "dataloader__num_workers": 1}])  # the second after the first
+    for first, last in zip(*ranks, strict=True):
+        assert first["seen"] == last["seen"] and len(first["seen"]) == 14
+        assert first["seen"][0] != first["seen"][7]
+    assert ranks[0][0]["seen"] == ranks[0][1]["seen"]  # in the process, or in a worker
 
 
 SHORT = {**COMMON, **SGD, **PIPELINE, "epochs": 1}

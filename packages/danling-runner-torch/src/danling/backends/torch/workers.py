@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -113,8 +114,10 @@ _AS_IT_IS = nullcontext()
 def start_worker(worker: int, *, parent: int) -> None:
     """Leave interrupts to the parent: a signal to the whole process group must not take data from a run that is saving.
 
-    A worker whose parent is gone obeys them.
+    A worker whose parent is gone obeys them. What the parent no longer needs is left to the parent as well: a process
+    group of an earlier run, collected here, would wait for threads that a fork does not have.
     """
+    gc.freeze()
 
     def handle(number: int, frame: Any) -> None:
         if os.getppid() != parent:
