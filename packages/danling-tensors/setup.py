@@ -36,7 +36,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden"]
 # No contraction, so that every CPU gives the same bits; what is ignored besides are floating exceptions and errno alone.
 CPU_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 if platform.machine() in ("x86_64", "AMD64"):
-    CPU_FLAGS += ["-mavx2", "-mf16c", "-mfma"]  # which every such CPU has had since 2015; load.py looks before it loads
+    CPU_FLAGS += ["-mavx2", "-mf16c", "-mfma"]  # since 2015 in every such CPU; load.py looks before it loads
 LINK_FLAGS = ["-s"] if sys.platform == "linux" else []
 
 
