@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from .forks import Forks
-from .marks import MARK
+from .marks import shown_by
 from .ranks import RankResult, run_ranks
 from .settings import Settings, parse_override
 from .worker import MODULES
@@ -29,11 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--set", action="append", default=[], metavar="KEY=VALUE", help="a configuration key for every run")
     group.addoption("--dtype", help="of model and data, instead of what the engine's class says")
     group.addoption("--tolerance", type=float, help="relative difference from the reference, likewise")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Make the mark known."""
-    config.addinivalue_line("markers", f"{MARK}(guarantee, *scenarios): what a test shows, and what it needs to run")
 
 
 # The files are collected here and imported by their full name: pytest would otherwise take this folder for a part of a top-level
@@ -69,9 +64,9 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 @pytest.fixture(autouse=True)
 def _claimed(request: pytest.FixtureRequest, settings: Settings) -> None:
-    mark = request.node.get_closest_marker(MARK)
-    if mark is not None and mark.args[0] not in settings.guarantees:
-        pytest.skip(f"guarantee {mark.args[0]} is not claimed by {settings.claimant}")
+    shown = shown_by(request.function)
+    if shown is not None and shown.guarantee not in settings.guarantees:
+        pytest.skip(f"guarantee {shown.guarantee} is not claimed by {settings.claimant}")
 
 
 class Jobs:
@@ -148,16 +143,18 @@ def _outcomes(request: pytest.FixtureRequest, settings: Settings, jobs: Jobs) ->
     """All scenarios that the selected tests need, run one after the other by one set of processes."""
     names: dict[str, None] = {}
     for item in request.session.items:
-        mark = item.get_closest_marker(MARK)
-        if mark is not None and mark.args[0] in settings.guarantees:
-            names |= dict.fromkeys(mark.args[1:])
+        shown = shown_by(getattr(item, "function", None))
+        if shown is not None and shown.guarantee in settings.guarantees:
+            names |= dict.fromkeys(shown.scenarios)
     return jobs.run("main", *names)[0]
 
 
 @pytest.fixture
 def found(request: pytest.FixtureRequest, _outcomes: list[dict[str, Any]]) -> Any:
     """What the scenario of a test found, one value per rank; a tuple of such lists when it names several scenarios."""
-    names = request.node.get_closest_marker(MARK).args[1:]
+    shown = shown_by(request.function)
+    assert shown is not None, "a test that uses `found` says what it needs with `shows`"
+    names = shown.scenarios
     values = tuple(agreed(name, [outcomes[name] for outcomes in _outcomes]) for name in names)
     return values[0] if len(values) == 1 else values
 
