@@ -317,7 +317,7 @@ def test_dropout_draws_the_same_forward_and_backward():
     torch.testing.assert_close(slope.detach(), (grad.concat * direction).sum(), atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_encoder_in_evaluation(grad):
     layers = nn.TransformerEncoder(encoder(), 2, enable_nested_tensor=False).eval()
     x = sequences([3, 5], False)
