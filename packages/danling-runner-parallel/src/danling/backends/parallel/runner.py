@@ -17,7 +17,6 @@ from danling.backends.torch.compiling import compile_model, load_artifacts, save
 from danling.backends.torch.distributed import WindowHeader
 from danling.backends.torch.fp8 import convert_to_fp8
 from danling.backends.torch.payload import clean_name
-from danling.optim import OptimizerStep
 from danling.runners.errors import ConfigError
 from danling.runners.state import RunnerMode
 
@@ -397,22 +396,12 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
         for part in self.model_parts:
             part.zero_grad(set_to_none=True)
 
-    def bind_updater(self) -> None:
-        """Bind the one sequence of an update, with norm and verdict over all axes."""
-        if self.optimizer is None:
-            self.updater = None
-            return
-        self.updater = OptimizerStep(
-            self.optimizer,
-            self.scheduler,
-            interval="step" if self.scheduler_interval == "step" else "epoch",
-            clip_value=self.max_grad_value,
-            clip_norm=self.max_grad_norm,
-            skip_nonfinite=self.skip_nonfinite_grad,
-            scaler=self.grad_scaler,
-            reduce_norm=self.reduce_norm_over_stages if self.is_pipelined else None,
-            reduce_flag=partial(self.parallel.all_reduce, domain="all", op=dist.ReduceOp.MAX),
-        )
+    def update_options(self) -> dict[str, Any]:
+        """Norm and verdict of an update over all axes."""
+        return {
+            "reduce_norm": self.reduce_norm_over_stages if self.is_pipelined else None,
+            "reduce_flag": partial(self.parallel.all_reduce, domain="all", op=dist.ReduceOp.MAX),
+        }
 
     def optimizer_step(self) -> bool:
         """Update the weights and what follows every update; return whether it was applied."""

@@ -263,6 +263,10 @@ class Building(_Host):
         self.grad_scaler = self.precision.scaler()
         self.bind_updater()
 
+    def update_options(self) -> dict[str, Any]:
+        """Further arguments of `OptimizerStep`, for engines whose ranks hold parts of the model."""
+        return {}
+
     def bind_updater(self) -> None:
         """Bind the one sequence of an update: unscale, check, clip, step, schedule, clear."""
         if self.optimizer is None:
@@ -276,6 +280,7 @@ class Building(_Host):
             clip_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite_grad,
             scaler=self.grad_scaler,
+            **self.update_options(),
         )
 
     def _is_metric_scheduler(self) -> bool:
