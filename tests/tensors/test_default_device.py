@@ -8,7 +8,7 @@ from tensors.oracle.samples import load
 from danling.tensors import NestedTensor, supported_ops
 
 OPS = {name for name, path in ((name, path) for name, _, path in supported_ops()) if path != "refused"}
-OWN_TENSORS = {"addbmm", "baddbmm", "index_put", "index_select"}
+OWN_TENSORS = {"_transformer_encoder_layer_fwd", "addbmm", "baddbmm", "index_put", "index_select"}
 """Their samples make a tensor in the call, which then lies on the default device."""
 
 

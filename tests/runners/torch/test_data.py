@@ -1,5 +1,6 @@
 """Loaders with real workers: ids, resume, augmentation, iterable data, signals."""
 
+import gc
 import itertools
 import os
 import random
@@ -419,3 +420,68 @@ def test_stopping_workers_ends_also_those_that_are_stuck(persistent):
     assert not any(worker.is_alive() for worker in workers) and time.monotonic() - start < 30
     stop_workers(loader)
     stop_workers([1, 2])
+
+
+class _Witness:
+    """Notes which process collects it."""
+
+    def __init__(self, path):
+        self.path, self.itself = path, self  # a cycle: only the collector frees it
+
+    def __del__(self):
+        with open(self.path, "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+class _Collecting(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        gc.collect()
+        return torch.tensor(float(index))
+
+
+def test_garbage_of_the_parent_is_not_collected_in_workers(tmp_path):
+    gc.collect()
+    gc.disable()
+    try:
+        _Witness(tmp_path / "collected")
+        sampler = build_sampler(
+            _Collecting(),
+            "train",
+            seed=0,
+            shuffle=False,
+            drop_last=False,
+            batch_size=1,
+            data_rank=0,
+            data_ranks=1,
+            train=True,
+        )
+        options = {"num_workers": 1, "batch_size": 1}
+        loader = build_dataloader(_Collecting(), "train", options, sampler, default_collate, seed=0)
+        assert len(list(loader)) == 2
+        assert not (tmp_path / "collected").exists() and not gc.get_freeze_count()
+        gc.collect()
+        assert (tmp_path / "collected").read_text() == f"{os.getpid()}\n"
+    finally:
+        gc.enable()
+
+
+LEFT_OVER = """
+import torch
+from danling.backends.torch.data import build_dataloader
+from danling.backends.torch.sampler import build_sampler
+from torch.utils.data import default_collate
+
+data = list(torch.arange(8.0))
+sampler = build_sampler(data, "train", seed=0, shuffle=False, drop_last=False, batch_size=1)
+loader = build_dataloader(data, "train", {"batch_size": 1, "num_workers": 1}, sampler, default_collate, seed=0)
+iterator = iter(loader)
+print(next(iterator).item())
+"""
+
+
+def test_a_script_that_leaves_workers_behind_ends():
+    done = subprocess.run([sys.executable, "-c", LEFT_OVER], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0.0\n"), done.stderr

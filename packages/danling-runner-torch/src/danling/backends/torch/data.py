@@ -13,7 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from danling.runners.errors import ConfigError, ResumeError
 
 from .sampler import StatefulSampler
-from .workers import SeededDataset, derive_seed, seed_everything, worker_starter
+from .workers import SeededDataset, derive_seed, garbage_stays_here, seed_everything, stop_at_exit, worker_starter
 
 
 def is_map_style(dataset: Any) -> bool:
@@ -36,6 +36,13 @@ class SplitLoader(StatefulDataLoader):
 
     split: str
     ranks: int
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.num_workers:
+            return super().__iter__()
+        stop_at_exit(self)
+        with garbage_stays_here():
+            return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from datetime import timedelta
@@ -251,6 +252,7 @@ _HEADER_SIZE = 12
 def _destroy_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # ends their threads here, before a fork could inherit the groups without them
 
 
 def _restore_hook(before: Any, of_torch: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import hashlib
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
@@ -114,10 +116,8 @@ _AS_IT_IS = nullcontext()
 def start_worker(worker: int, *, parent: int) -> None:
     """Leave interrupts to the parent: a signal to the whole process group must not take data from a run that is saving.
 
-    A worker whose parent is gone obeys them. What the parent no longer needs is left to the parent as well: a process
-    group of an earlier run, collected here, would wait for threads that a fork does not have.
+    A worker whose parent is gone obeys them.
     """
-    gc.freeze()
 
     def handle(number: int, frame: Any) -> None:
         if os.getppid() != parent:
@@ -126,6 +126,36 @@ def start_worker(worker: int, *, parent: int) -> None:
     for name in SIGNALS:
         with suppress(ValueError, AttributeError):
             signal.signal(getattr(signal, name), handle)
+
+
+@contextmanager
+def garbage_stays_here() -> Iterator[None]:
+    """Encloses the fork of workers: what the parent no longer needs is never collected in them.
+
+    A process group of an earlier run, collected in a fork, waits for threads that are not there, or crashes.
+    """
+    if gc.get_freeze_count():  # the user has frozen what there was, and would not want it thawed
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+_loaders: WeakSet[Any] = WeakSet()
+
+
+def stop_at_exit(loader: Any) -> None:
+    """Stop the workers of a loader when this process ends, if nobody has by then: they ignore the signal it would send."""
+    _loaders.add(loader)
+
+
+@atexit.register  # after multiprocessing's own, so it runs before that waits for the workers
+def _stop_all() -> None:
+    for loader in list(_loaders):
+        stop_workers(loader)
 
 
 def worker_starter() -> Any:
