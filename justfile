@@ -39,9 +39,9 @@ docs:
 bench *args:
     uv run --group peers pytest -n 0 -m bench -s tests/benchmarks {{args}}
 
-# Kill, crash and full-disk tests in their full number
+# Kill, crash and full-disk tests in their full number, replica groups, and the longest comparisons
 faults *args:
-    uv run pytest -n 2 -m faults {{args}}
+    uv run --group peers pytest -n 2 -m faults {{args}}
 
 # Build every wheel into dist/
 build:

@@ -122,9 +122,16 @@ def deepspeed():
     return library
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)  # the first use of each kernel compiles it
-@pytest.mark.parametrize("name", CPU_DEEPSPEED)
+@pytest.mark.timeout(
+    1200
+)  # the first use of each kernel compiles it, which takes a minute: one for CI, all for `just faults`
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "cpu_adam" else pytest.mark.faults)
+        for name in CPU_DEEPSPEED
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_deepspeeds_cpu_optimizers(name, deepspeed):
     param = weights()

@@ -116,6 +116,7 @@ def test_every_layout_trains_what_one_process_trains(trained):
     assert worst <= TOLERANCE
 
 
+@pytest.mark.faults
 def test_every_layout_goes_on_from_the_others(trained, run):
     """In full where the contract allows it, with the same continuation; with the weights, and the same evaluation, elsewhere."""
     rows = []

@@ -5,7 +5,7 @@ import re
 import pytest
 
 pytest.importorskip("torchft")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(280)]
 
 
 def assert_equal(one, other):

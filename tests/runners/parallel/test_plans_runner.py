@@ -112,7 +112,7 @@ def same(resumed: dict[str, Any], straight: dict[str, Any]) -> None:
     assert resumed["norms"] == straight["norms"][-len(resumed["norms"]) :]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_two_axes_at_once(start, tmp_path, one):
     runs = {
         "adamw, shard × tensor": over(ADAMW, shard=2, tensor=2),

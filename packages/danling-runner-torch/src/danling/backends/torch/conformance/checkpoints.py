@@ -213,7 +213,8 @@ def test_a_final_save_that_fails_fails_the_run(found: list[Any]) -> None:
         run = rank["final"]
         assert run["error"] is not None and "step-4" in run["error"], run
         assert run["names"] == ["step-2"] and run["whole"] and not run["leftovers"]
-    assert json.loads(found[0]["final"]["summary"])["status"] == "failed"
+    if len(found) > 1:  # alone, the process without room is the one that writes the summary
+        assert json.loads(found[0]["final"]["summary"])["status"] == "failed"
 
 
 # Damaged and hostile
