@@ -92,7 +92,7 @@ def test_two_ranks_equal_one_process(tmp_path, script, size, case):
     assert (two[0]["mean"], two[1]["total"]) == (0.5, 3.0)
 
 
-@pytest.mark.parametrize("second", ["accelerate", "torch"])
+@pytest.mark.parametrize("second", ["accelerate", pytest.param("torch", marks=pytest.mark.slow)])
 def test_two_ranks_stop_and_resume(tmp_path, script, second):
     case = {**COMMON, "tiny__dropout": 0.2, "tiny__augment": True, "dataloader__batch_size": 4, "accum_steps": 2}
     straight = run(tmp_path / "straight", 2, script, {"stack": "accelerate", **case})

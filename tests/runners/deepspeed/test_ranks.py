@@ -99,7 +99,7 @@ def stopping(stage):
     }
 
 
-@pytest.mark.parametrize("stages", [(0, 3), (1, 2)])
+@pytest.mark.parametrize("stages", [(0, 3), pytest.param((1, 2), marks=pytest.mark.slow)])
 def test_every_stage(tmp_path, stages):
     runs = {}
     for stage in stages:

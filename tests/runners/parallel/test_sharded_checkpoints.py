@@ -74,7 +74,8 @@ def test_what_lost_ranks_had_measured_counts(tmp_path):
 CRASHES = ["save.file@1:9", "step.end:11", "save.manifest_tmp:3", "save.rename:4", "evaluate.batch@1:3"]
 
 
-@pytest.mark.parametrize("crash", [CRASHES[0], *(pytest.param(point, marks=pytest.mark.slow) for point in CRASHES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("crash", CRASHES)
 def test_killed_and_resumed_is_the_run_that_was_not(tmp_path, crash):
     case = layout({**LIVELY, "accum_steps": 1}, 2, shard=2)
     codes = start(tmp_path, 2, {"killed": [case]}, crash=crash)
