@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from danling.backends.parallel import ParallelTopology
-from danling.backends.parallel.context import ParallelContext, local_tensor
+from danling.backends.parallel.context import ParallelContext
 from danling.backends.parallel.parallelize import parallelize_part
 from danling.backends.parallel.plans import (
     PackedShard,
@@ -39,6 +39,7 @@ from danling.backends.parallel.plans import (
     to_usual_order,
 )
 from danling.backends.parallel.sharding import data_mesh, shard_model
+from danling.backends.torch.local import local_tensor
 from danling.optim import OptimizerStep
 
 WIDTH, HEADS, HIDDEN, LENGTH, BATCH = 8, 4, 12, 8, 2

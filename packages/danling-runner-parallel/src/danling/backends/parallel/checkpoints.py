@@ -8,11 +8,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from danling.backends.torch.averaging import ShardedEMA
 from danling.backends.torch.export import cast_floating
+from danling.backends.torch.local import live_state
 from danling.backends.torch.payload import clean_name
 from danling.runners.errors import CheckpointError, ResumeError
 
-from .averaging import ShardedEMA, live_state
 from .checks import is_split
 from .plans.packing import PackedShard, packed_parameters, to_usual_order
 from .sharding import sharded_modules

@@ -9,13 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from danling.backends.torch.local import live_state, local_tensor
 from danling.runners.errors import ConfigError
 
-from .averaging import live_state
-from .context import ParallelContext, local_tensor
+from .context import ParallelContext
 from .topology import AXES
-
-BROADCAST_BYTES = 250 * 2**20  # what is sent at once
 
 
 def materialize_meta(part: nn.Module, device: torch.device) -> nn.Module:
@@ -45,50 +43,6 @@ def materialize_meta(part: nn.Module, device: torch.device) -> nn.Module:
     for reset in [whole] if whole is not None else initialisers:
         reset()
     return part
-
-
-def broadcast_state(part: nn.Module, ctx: ParallelContext) -> None:
-    """Give all ranks of a stage the parameters and buffers of the first of them."""
-    if ctx.degree("stage") == 1:
-        return
-    group = ctx.group("stage")
-    source = dist.get_global_rank(group, 0)
-    tensors = (value for value in (*part.parameters(), *part.buffers()) if value.numel())
-    for tensor in tensors:
-        whole = tensor.detach().contiguous()
-        dist.broadcast(whole, src=source, group=group)
-        if whole.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(whole)
-
-
-class Buffers:
-    """Keeps buffers that training changes, such as running statistics, the same on all ranks that average gradients.
-
-    Args:
-        parts: what this rank holds of the model.
-        ctx: meshes and groups.
-    """
-
-    def __init__(self, parts: Sequence[nn.Module], ctx: ParallelContext) -> None:
-        self.ctx = ctx
-        found = [module for part in parts for module in part.modules() if any(True for _ in module.buffers(False))]
-        self.modules = found if ctx.degree("loss") > 1 else []
-        self._seen = [_versions(module) for module in self.modules]
-
-    def synchronise(self) -> None:
-        """Give all ranks the buffers of the first, of modules that wrote to one of theirs since the last time."""
-        seen = [_versions(module) for module in self.modules]
-        if seen == self._seen:
-            return
-        changed = [module for module, now, before in zip(self.modules, seen, self._seen, strict=True) if now != before]
-        buffers = [local_tensor(buffer) for module in changed for buffer in module.buffers(False)]
-        dist._broadcast_coalesced(self.ctx.group("loss"), buffers, BROADCAST_BYTES, 0)
-        self._seen = [_versions(module) for module in self.modules]
-
-
-def _versions(module: nn.Module) -> list[tuple[int, int]]:
-    # Not every kernel counts a write (that of batch normalisation does not), but some buffer of such a module is counted.
-    return [(id(buffer), buffer._version) for buffer in module.buffers(False)]
 
 
 def check_replicas(parts: Sequence[nn.Module], ctx: ParallelContext, when: str) -> None:

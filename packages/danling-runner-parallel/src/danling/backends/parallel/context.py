@@ -154,14 +154,3 @@ MISSING = {
     "expert": "the model needs a parallelize(ctx) that splits its experts and calls ctx.took('expert')",
     "expert_tensor": "the model needs a parallelize(ctx) that splits its experts and calls ctx.took('expert_tensor')",
 }
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds: that of a `DTensor`, else the tensor.
-
-    Example:
-        >>> import torch
-        >>> local_tensor(torch.ones(2))
-        tensor([1., 1.])
-    """
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

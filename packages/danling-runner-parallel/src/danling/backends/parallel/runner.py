@@ -13,16 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from danling.backends.torch import TorchRunner
+from danling.backends.torch.averaging import ShardedEMA
 from danling.backends.torch.compiling import compile_model, load_artifacts, save_artifacts
 from danling.backends.torch.distributed import WindowHeader
 from danling.backends.torch.fp8 import convert_to_fp8
+from danling.backends.torch.local import Buffers, broadcast_state
 from danling.backends.torch.payload import clean_name
 from danling.runners.errors import ConfigError
 from danling.runners.state import RunnerMode
 
-from .averaging import ShardedEMA
 from .checkpoints import Checkpoints
-from .checks import Buffers, broadcast_state, check_replicas, materialize_meta
+from .checks import check_replicas, materialize_meta
 from .context import ParallelContext
 from .parallelize import parallelize_part, share_axes
 from .pipelining import Pipelining
@@ -170,7 +171,9 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
             self.parallel.took("pipeline")
         self.parallel.require()
         self.check_replicas("at the start")
-        self._buffers_in_step = Buffers(self.local_parts(), self.parallel)
+        self._buffers_in_step = Buffers(
+            self.local_parts(), self.parallel.group("loss") if self.loss_degree > 1 else None
+        )
         self._bind_ema()
         self.bind_criterion()
         self._bind_metrics()
@@ -184,7 +187,8 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     def _materialize_part(self, part: nn.Module) -> nn.Module:
         config = self.config
         part = materialize_meta(part, self.device)
-        broadcast_state(part, self.parallel)
+        if self.parallel.degree("stage") > 1:
+            broadcast_state(part, self.parallel.group("stage"))
         part = self.parallelize_model(part)
         if not isinstance(part, nn.Module):
             raise TypeError(f"parallelize_model must return a torch.nn.Module, got {type(part).__name__}")

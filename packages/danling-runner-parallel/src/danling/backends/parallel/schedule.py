@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
+from danling.backends.torch.local import local_tensor
 from danling.runners.errors import ConfigError
-
-from .context import local_tensor
 
 SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 """Names of torch's schedules; the first two run one stage per rank, the others several."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .context import local_tensor
+from danling.backends.torch.local import local_tensor
 
 
 class TiedParameters:

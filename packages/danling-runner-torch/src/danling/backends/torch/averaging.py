@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from danling.backends.torch.payload import clean_name
-
-from .context import local_tensor
+from .local import live_state, local_tensor
+from .payload import clean_name
 
 
 class ShardedEMA:
@@ -90,13 +89,3 @@ class ShardedEMA:
     def state(self) -> dict[str, Tensor]:
         """The averages, by the names of the whole model."""
         return self.averages
-
-
-def live_state(parts: Sequence[nn.Module]) -> dict[str, Any]:
-    """The tensors in the state dicts of all parts on this rank, by their names in the whole model; not copied."""
-    state: dict[str, Any] = {}
-    for part in parts:
-        for name, value in part.state_dict().items():
-            if isinstance(value, Tensor):
-                state[clean_name(name)] = value
-    return state
