@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +18,13 @@ from danling.backends.torch.buckets import fix_buckets
 from danling.backends.torch.precision import Precision
 
 from .settings import Settings, launch_environment, read_settings
+from .sharding import Sharding
 from .step import AcceleratedStep
 
 _PATCHED = ("forward", "_original_forward", "_is_accelerate_prepared")  # what `prepare` leaves on a module
 
 
-class AccelerateRunner(TorchRunner):
+class AccelerateRunner(Sharding, TorchRunner):
     """The engine for those whose launch and configuration are Accelerate's.
 
     One `accelerate.Accelerator`, made from the section `accelerate` of the configuration and from the environment that
@@ -30,7 +32,8 @@ class AccelerateRunner(TorchRunner):
     collectives. Loaders, sampling, schedules, windows, checkpoints and the loop are danling's, so the guarantees are
     those of the torch stack, and full checkpoints go both ways between the two.
 
-    Claims every guarantee. Sharded models (an FSDP plugin), DeepSpeed and Megatron plugins are refused.
+    With an FSDP2 plugin each rank holds a part of every weight, and checkpoints are sharded. Claims every guarantee.
+    FSDP1, DeepSpeed and Megatron plugins are refused.
 
     Attributes:
         accelerator: the Accelerator.
@@ -39,7 +42,7 @@ class AccelerateRunner(TorchRunner):
     stack: ClassVar[str | None] = "accelerate"
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
     axes: ClassVar[frozenset[str]] = frozenset()
-    features: ClassVar[frozenset[str]] = frozenset()
+    features: ClassVar[frozenset[str]] = frozenset({"dcp"})
 
     accelerator: Accelerator
     settings: Settings
@@ -55,6 +58,7 @@ class AccelerateRunner(TorchRunner):
         """
         super().check_config()
         self.settings = read_settings(self.config)
+        self.check_sharding()
         if AcceleratorState._shared_state or PartialState._shared_state:
             raise RuntimeError(
                 "an Accelerator (or a PartialState) exists already in this process; danling makes its own from the "
@@ -75,6 +79,7 @@ class AccelerateRunner(TorchRunner):
         self._closing("accelerator", self._release)
         with launch_environment(self.world_size):
             self.accelerator = Accelerator(**self.settings.arguments, cpu=self.device.type == "cpu")
+        self.enable_fsdp()
 
     def _release(self) -> None:
         """Give the process-wide state of Accelerate back, and the module as it was."""
@@ -90,7 +95,10 @@ class AccelerateRunner(TorchRunner):
 
     def wrap_model(self) -> None:
         """Let the Accelerator prepare the model; one without anything to train stays as it is."""
-        if any(parameter.requires_grad for parameter in self.model.parameters()):
+        if self.is_sharded:
+            self._patched_before = set(vars(self.unwrap(self.model)))
+            self.shard_model()
+        elif any(parameter.requires_grad for parameter in self.model.parameters()):
             self._patched_before = set(vars(self.unwrap(self.model)))
             self.model = self.accelerator.prepare(self.model)
             if isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
@@ -100,7 +108,7 @@ class AccelerateRunner(TorchRunner):
         """Build the optimizer unless one is bound, and let the Accelerator prepare it."""
         super().build_optimizer()
         if self.optimizer is not None:
-            self.optimizer = self.accelerator.prepare(self.optimizer)
+            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
 
     def bind_updater(self) -> None:
         """Bind the one sequence of an update; the gradient scaler is the Accelerator's."""
@@ -113,6 +121,7 @@ class AccelerateRunner(TorchRunner):
             clip_value=self.max_grad_value,
             clip_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite_grad,
+            reduce_flag=partial(self.all_reduce, op=dist.ReduceOp.MAX) if self.is_sharded else None,
         )
 
     # Steps

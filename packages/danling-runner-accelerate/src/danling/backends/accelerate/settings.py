@@ -30,7 +30,6 @@ REFUSED = {
     "deepspeed_plugin": "use --stack deepspeed",
     "deepspeed_plugins": "use --stack deepspeed",
     "megatron_lm_plugin": "use --stack parallel",
-    "fsdp_plugin": "checkpoints of this stack are not sharded: use --stack parallel",
     "torch_tp_plugin": "use --stack parallel",
     "gradient_accumulation_plugin": "windows are danling's: set `accum_steps`",
 }
@@ -46,7 +45,6 @@ REFUSED_HANDLERS = {
 REFUSED_ENVIRONMENT = {
     "ACCELERATE_USE_DEEPSPEED": "use --stack deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "use --stack parallel",
-    "ACCELERATE_USE_FSDP": "checkpoints of this stack are not sharded: use --stack parallel",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "use --stack parallel",
 }
 MIXED_PRECISION = {
@@ -73,11 +71,13 @@ class Settings:
         arguments: for the constructor of `accelerate.Accelerator`.
         precision: danling's name of the precision, from wherever it was said.
         device: where Accelerate is told to run; None leaves the choice to the machine.
+        fsdp: the FSDP2 plugin, if there is one.
     """
 
     arguments: dict[str, Any]
     precision: str | None
     device: torch.device | None
+    fsdp: Any = None
 
 
 def read_settings(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Settings:
@@ -108,6 +108,7 @@ def read_settings(config: Mapping[str, Any], environ: Mapping[str, str] = os.env
     for name, class_name in CLASSES.items():
         if given.get(name) is not None and hasattr(accelerate_utils, class_name):  # not in every version
             given[name] = _build(f"accelerate.{name}", class_name, given[name], problems)
+    given["fsdp_plugin"] = _fsdp(given.pop("fsdp_plugin", None), environ, problems)
     parallel = given.pop("parallelism_config", None)
     if parallel is not None and parallel.total_size > 1:
         problems.append("accelerate.parallelism_config: an axis is above 1; use --stack parallel")
@@ -121,7 +122,7 @@ def read_settings(config: Mapping[str, Any], environ: Mapping[str, str] = os.env
         "gradient_accumulation_plugin": accelerate_utils.GradientAccumulationPlugin(num_steps=1),
         "kwargs_handlers": [accelerate_utils.DistributedDataParallelKwargs(**_ddp(config["ddp"])), *handlers],
     }
-    return Settings(arguments, precision, None if device is None else torch.device(device))
+    return Settings(arguments, precision, None if device is None else torch.device(device), given["fsdp_plugin"])
 
 
 def _check_names(where: str, given: Mapping[str, Any], known: Any, problems: list[str]) -> bool:
@@ -144,6 +145,27 @@ def _build(where: str, class_name: str, given: Any, problems: list[str]) -> Any:
         except (TypeError, ValueError, NotImplementedError) as error:
             problems.append(f"{where}: {error}")
     return None
+
+
+def _fsdp(given: Any, environ: Mapping[str, str], problems: list[str]) -> Any:
+    """The FSDP2 plugin that the section or the launcher asks for; None without one."""
+    launched = _flag(environ, "ACCELERATE_USE_FSDP")
+    if given is None and not launched:
+        return None
+    where = "ACCELERATE_USE_FSDP is set" if given is None else "accelerate.fsdp_plugin"
+    if given is None or isinstance(given, Mapping):
+        given = {"fsdp_version": environ.get("FSDP_VERSION", "1" if launched else "2"), **(given or {})}
+        if str(given["fsdp_version"]) != "2":
+            problems.append(
+                f"{where}: fsdp_version is {given['fsdp_version']}, and danling drives FSDP2 alone: set it to 2"
+            )
+            return None
+        given["fsdp_version"] = 2
+    with kept_environment():
+        plugin = _build(where, "FullyShardedDataParallelPlugin", given, problems)
+    if getattr(plugin, "activation_checkpointing", False):
+        problems.append(f"{where}: activation_checkpointing is danling's: set `activation_checkpoint.enabled`")
+    return plugin
 
 
 def _handlers(given: Any, problems: list[str]) -> list[Any]:
@@ -235,11 +257,18 @@ def launch_environment(world_size: int) -> Iterator[None]:
     Args:
         world_size: processes of the run.
     """
+    with kept_environment():
+        if world_size == 1:
+            for name in WORLD_VARIABLES:
+                os.environ.pop(name, None)
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        yield
+
+
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """Put back at the end whatever is changed in the environment meanwhile."""
     before = dict(os.environ)
-    if world_size == 1:
-        for name in WORLD_VARIABLES:
-            os.environ.pop(name, None)
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     try:
         yield
     finally:

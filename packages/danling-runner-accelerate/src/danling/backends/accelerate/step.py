@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -24,6 +25,7 @@ class AcceleratedStep:
         clip_value: largest magnitude of a gradient element.
         clip_norm: largest norm of all gradients together.
         skip_nonfinite: skip updates with infinite or NaN gradients; with fp16 the scaler always does.
+        reduce_flag: makes the verdict about them common to ranks that hold parts of the gradients.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class AcceleratedStep:
         clip_value: float | None,
         clip_norm: float | None,
         skip_nonfinite: bool,
+        reduce_flag: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.optimizer = optimizer
@@ -43,6 +46,7 @@ class AcceleratedStep:
         self.clip_value = clip_value
         self.clip_norm = clip_norm
         self.skip_nonfinite = skip_nonfinite
+        self.reduce_flag = reduce_flag
         self._plain = OptimizerStep(optimizer, scheduler, interval=interval)
 
     def step(self) -> OptimizerStepResult:
@@ -51,7 +55,7 @@ class AcceleratedStep:
         # With a scaler the verdict is its own, taken when gradients are unscaled.
         checks = self.skip_nonfinite and scaler is None
         clips_by_norm_alone = self.clip_norm is not None and self.clip_value is None
-        if checks and not clips_by_norm_alone and bool(self._plain.has_nan_inf_grad()):
+        if checks and not clips_by_norm_alone and self._is_nonfinite():
             return self._skip(None if self.clip_norm is None else torch.tensor(torch.nan))
         norm = self._clip()
         if checks and clips_by_norm_alone and not bool(norm.isfinite()):  # type: ignore[union-attr]
@@ -68,6 +72,10 @@ class AcceleratedStep:
         """Move the scheduler; `metric` goes to one that follows a metric."""
         self._plain.step_scheduler(metric)
 
+    def _is_nonfinite(self) -> bool:
+        found = self._plain.has_nan_inf_grad()
+        return bool(found if self.reduce_flag is None else self.reduce_flag(found.float()))
+
     def _clip(self) -> Tensor | None:
         if self.clip_value is None and self.clip_norm is None:
             return None
@@ -81,7 +89,7 @@ class AcceleratedStep:
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         else:
             norm = self.accelerator.clip_grad_norm_(parameters, self.clip_norm)
-        return norm.float()
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
 
     def _skip(self, norm: Tensor | None) -> OptimizerStepResult:
         self.optimizer.zero_grad()
