@@ -46,9 +46,13 @@ class Paired:
     Args:
         by_hand: makes that loop, when the first batches have been read; it trains a twin of the model on the same batches.
 
+    What is compared is the CPU time of the training thread. Elapsed time is kept beside it: where ranks wait for each other it
+    depends on how many cores they share.
+
     Attributes:
         raw: seconds of CPU time per update of the loop by hand, for each pair.
         added: what the reader took more.
+        elapsed: seconds per update of the loop by hand, and what the reader took more, for each pair.
     """
 
     def __init__(self, by_hand: Callable[[], Callable[[Sequence[Batch]], Any]] = plain) -> None:
@@ -60,6 +64,7 @@ class Paired:
         self.by_hand = by_hand
         self.raw: list[float] = []
         self.added: list[float] = []
+        self.elapsed: list[tuple[float, float]] = []
 
     def __len__(self) -> int:
         return UPDATES
@@ -68,15 +73,21 @@ class Paired:
         twin = self.by_hand()
         for first in range(0, UPDATES, CHUNK):
             chunk = self.batches[first : first + CHUNK]
-            start = time.thread_time()
+            start, begun = time.thread_time(), time.perf_counter()
             yield from chunk
-            middle = time.thread_time()
+            middle, turned = time.thread_time(), time.perf_counter()
             twin(chunk)
-            raw = time.thread_time() - middle
+            raw, waited = time.thread_time() - middle, time.perf_counter() - turned
             self.raw.append(raw / CHUNK)
             self.added.append((middle - start - raw) / CHUNK)
+            self.elapsed.append((waited / CHUNK, (turned - begun - waited) / CHUNK))
 
     @property
     def figures(self) -> tuple[float, float]:
         """Medians in µs: an update of the loop by hand, and what the reader added."""
         return tuple(statistics.median(values[WARM_UP:]) * 1e6 for values in (self.raw, self.added))  # type: ignore[return-value]
+
+    @property
+    def elapsed_figures(self) -> tuple[float, float]:
+        """The same of elapsed time."""
+        return tuple(statistics.median(values) * 1e6 for values in zip(*self.elapsed[WARM_UP:], strict=True))  # type: ignore[return-value]

@@ -22,11 +22,14 @@ def by_hand():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def train(batches):
+        total = 0.0
         for x, y in batches:
             loss = criterion(model(x), y)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            total += loss.item()
+        return total
 
     return train
 
@@ -52,4 +55,5 @@ if __name__ == "__main__":
     with Bench(config) as runner:
         runner.train()
     path = Path(sys.argv[1]) / f"rank{os.environ['RANK']}.json"
-    path.write_text(json.dumps(runner.dataloaders.train.figures))
+    pairs = runner.dataloaders.train
+    path.write_text(json.dumps([*pairs.figures, *pairs.elapsed_figures]))

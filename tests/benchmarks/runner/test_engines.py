@@ -1,7 +1,8 @@
 """What a runner adds to an update over the same engine driven by hand: DeepSpeed under every ZeRO stage, and Accelerate.
 
 As in `test_overhead`: MLP 64-128-10, batches of 32 held in memory, AdamW, one CPU thread, loss meter and default metrics, a log
-every 50 updates, in pairs with a twin that the engine trains without danling. `DANLING_BENCH_DIR` keeps the JSON.
+every 50 updates, in pairs with a twin that the engine trains without danling and that sums its losses. The twin has the engine
+settings that danling makes: DeepSpeed, told nothing, clips gradients to a norm of 1. `DANLING_BENCH_DIR` keeps the JSON.
 """
 
 from __future__ import annotations
@@ -26,13 +27,23 @@ def deepspeed_by_hand(stage):
     import deepspeed
 
     model, criterion, optimizer = build()
-    config = {"train_micro_batch_size_per_gpu": 32, "zero_optimization": {"stage": stage}}
+    config = {
+        "train_micro_batch_size_per_gpu": 32,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
     def train(batches):
+        total = 0.0
         for x, y in batches:
-            engine.backward(criterion(engine(x), y))
+            loss = criterion(engine(x), y)
+            engine.backward(loss)
             engine.step()
+            total += loss.item()
+        return total
 
     return train
 
@@ -45,10 +56,14 @@ def accelerate_by_hand():
     model, optimizer = accelerator.prepare(model, optimizer)
 
     def train(batches):
+        total = 0.0
         for x, y in batches:
-            accelerator.backward(criterion(model(x), y))
+            loss = criterion(model(x), y)
+            accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
+            total += loss.item()
+        return total
 
     return train
 
@@ -74,7 +89,6 @@ class Bench(Runner):
 
 
 def test_overhead_over_engines(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
