@@ -333,6 +333,14 @@ def test_diff_of_a_run_with_itself(danling, run):
     assert out.startswith("identity: the same experiment") and "git: the same revision" in out
 
 
+def test_diff_of_runs_outside_of_git_claims_no_revision(danling, tmp_path):
+    a, b = make_run(tmp_path, lr=0.1), make_run(tmp_path, lr=0.2)
+    for workspace in (a, b):
+        for file in workspace.metadata_dir.glob("git.*"):
+            file.unlink()
+    assert "git: no revision is recorded of either run" in danling("diff", a.dir, b.dir)[1]
+
+
 def test_diff_without_metadata_works_from_the_configuration(danling, tmp_path):
     a, b = make_run(tmp_path, lr=0.1), make_run(tmp_path, lr=0.2)
     for workspace in (a, b):

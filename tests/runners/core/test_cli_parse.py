@@ -97,6 +97,7 @@ def test_a_negative_number_is_a_value():
         ("--width 1e2", "width", 100),
         ("--sizes 3 4", "sizes", [3, 4]),
         ("--sizes 3", "sizes", [3]),
+        ("--checkpoint.interval 500 steps", "checkpoint.interval", "500 steps"),
         ("--tags 3 x", "tags", ["3", "x"]),
         ("--title none", "title", None),
         ("--title 5", "title", "5"),
@@ -281,6 +282,14 @@ def test_help_lists_every_key_own_ones_first(capsys):
         words = " ".join(" ".join(lines[start : start + 5]).split())
         assert key.meaning in words
     assert "(default: 3)" in " ".join(text.split()) and "checkpoint:" in lines and "your keys:" in lines
+
+
+def test_a_reader_of_the_help_that_goes_away_is_no_error(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("from danling.runners import RunnerConfig\nRunnerConfig().parse()\n")
+    command = f"{sys.executable} {script} --help | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert result.stderr == "" and result.stdout.startswith("usage: train.py")
 
 
 def test_split_arguments():

@@ -186,6 +186,7 @@ def test_an_empty_loader(tmp_path):
         (lambda self, data: self.advance(1.0), TypeError, "must be a tensor, got float"),
         (lambda self, data: (None, None), RuntimeError, "exactly once; step ran 0 times"),
         (lambda self, data: self.advance(self.model(data[0]).mean()), TypeError, "must return .prediction, loss."),
+        (lambda self, data: [self.advance(self.model(data[0]).mean()) for _ in "ab"], RuntimeError, "exactly once"),
     ],
 )
 def test_a_wrong_train_step(tmp_path, step, error, message):
@@ -193,6 +194,28 @@ def test_a_wrong_train_step(tmp_path, step, error, message):
         runner.train_step = lambda data: step(runner, data)
         with pytest.raises(error, match=message):
             runner.train()
+
+
+def test_a_split_that_does_not_exist(tmp_path):
+    with Tiny(tiny_config(tmp_path)) as runner:
+        for call in (runner.train_epoch, lambda split: runner.evaluate([split]), lambda split: runner.train([split])):
+            with pytest.raises(ValueError, match="there is no split 'trian'; there are: train, val"):
+                call("trian")
+
+
+def test_a_score_split_that_is_not_evaluated(tmp_path):
+    with Tiny(tiny_config(tmp_path, epochs=2, score_split="vla")) as runner:
+        with pytest.warns(UserWarning, match=r"no score: no split 'vla' was evaluated \(train, val\)") as caught:
+            runner.train()
+    assert len(caught) == 1
+
+
+def test_a_row_that_names_no_split(tmp_path):
+    with Tiny(tiny_config(tmp_path)) as runner:
+        for row in ({"loss": 1.0}, 3):
+            with pytest.raises(TypeError, match=r"a row of results is \{split: \{metric: value\}\}, got"):
+                runner.append_result(row, 1)
+        assert not runner.results
 
 
 def test_options_for_a_split_that_does_not_exist(tmp_path):

@@ -274,7 +274,7 @@ def test_speed_memory_and_flops_of_a_log_line(tmp_path):
     assert len(rows) == 2
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(2.5 * row["samples_per_second"])
-        assert row["samples_per_second"] == pytest.approx(2 / row["value.time"])
+        assert row["samples_per_second"] == pytest.approx(2 / row["seconds_per_update"])
         flops = 3e9 * row["samples_per_second"] + 7e9 * row["tokens_per_second"]
         assert row["tflops"] == pytest.approx(flops / 1e12)
         assert row["mfu"] == pytest.approx(flops / 2e12)

@@ -337,6 +337,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, 
 
     def train_epoch(self, split: str = "train") -> dict[str, Any]:
         """Train one pass over a split; return its metrics. By itself it evaluates and saves nothing."""
+        self._check_splits([split])
         loop = self._loop if self._training else Loop(self, [split], [], triggers=False)
         return loop.run_pass(split)
 
@@ -345,12 +346,16 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, 
             raise RuntimeError("this runner is closed")
         if self.config.steps is None and self.config.epochs is None:
             raise ValueError("there is no budget: set `epochs` or `steps`")
-        known = self._split_names
         if not train_splits:
             raise ValueError(
-                f"there is no train split among {known or 'no data sets at all'}: name one `train`, or set `train_splits`"
+                f"there is no train split among {self._split_names or 'no data sets at all'}: "
+                "name one `train`, or set `train_splits`"
             )
-        for split in [*train_splits, *evaluate_splits]:
+        self._check_splits([*train_splits, *evaluate_splits])
+
+    def _check_splits(self, splits: Sequence[str]) -> None:
+        known = self._split_names
+        for split in splits:
             if split not in known:
                 raise ValueError(f"there is no split {split!r}; there are: {', '.join(known) or 'none'}")
 
@@ -412,9 +417,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, 
     def evaluate(self, splits: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         """Evaluate splits with the EMA weights, or the model's; return the metrics by split. Training state does not move."""
         names = list(self.evaluate_splits if splits is None else splits)
-        for split in names:
-            if split not in self._split_names:
-                raise ValueError(f"there is no split {split!r}; there are: {', '.join(self._split_names) or 'none'}")
+        self._check_splits(names)
         mode, current = self._mode, self.split
         metrics = {}
         try:

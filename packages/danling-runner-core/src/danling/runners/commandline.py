@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +98,8 @@ def read_words(kind: str, words: Sequence[str] | None, key: str) -> Any:
         if len(words) == 1 and (words[0].startswith("[") or words[0].lower() in ("none", "null", "")):
             return parse_scalar(words[0])
         return [parse_scalar(word) if alternatives == ["list"] and kind != "list?" else word for word in words]
+    if "interval" in alternatives:
+        return " ".join(words)
     if len(words) > 1:
         if kind == "any":
             return [parse_scalar(word) for word in words]
@@ -127,6 +131,14 @@ def help_text(prog: str, rows: Sequence[Row], width: int | None = None) -> str:
         text = textwrap.fill(f"{row.meaning} {default}".strip(), width, initial_indent=indent, subsequent_indent=indent)
         lines.append(f"{first}\n{text}".rstrip() if len(first) > 32 else (first.ljust(34) + text.strip()).rstrip())
     return "\n".join(lines)
+
+
+def show_help(text: str) -> None:
+    """Print a text that whoever reads it (`| head`) need not read to its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _shown(value: Any) -> str:

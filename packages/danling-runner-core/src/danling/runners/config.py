@@ -20,7 +20,7 @@ from chanfig.utils import Null
 
 from .aliases import RENAMED, canonical, conflict, place, translate, warn_renamed
 from .checking import check, unknown
-from .commandline import CommandLine, Row, check_value, help_text, split_arguments
+from .commandline import CommandLine, Row, check_value, help_text, show_help, split_arguments
 from .configfile import dump_yaml, parse_yaml, plain, read_mapping
 from .contradictions import contradictions
 from .declared import (
@@ -283,7 +283,7 @@ class RunnerConfig(Config, metaclass=_Meta):
         line = split_arguments(sys.argv[1:] if args is None else args)
         prog = sys.argv[0].rsplit("/", 1)[-1] or "python"
         if line.help:
-            print(help_text(prog, self.describe()))
+            show_help(help_text(prog, self.describe()))
             raise SystemExit(0)
         try:
             for file in line.files:

@@ -69,9 +69,12 @@ class Results:
 
         Raises:
             ValueError: the index is negative.
+            TypeError: the row does not say to which split each metric belongs.
         """
         if index < 0:
             raise ValueError(f"a results index counts epochs or steps from 0, got {index}")
+        if not isinstance(row, Mapping) or not all(isinstance(metrics, Mapping) for metrics in row.values()):
+            raise TypeError(f"a row of results is {{split: {{metric: value}}}}, got {row!r}")
         if index not in self._rows:
             bisect.insort(self._order, index)
             self._rows[index] = {}
@@ -167,26 +170,27 @@ class Results:
         """Whether the last row is the best: True without rows, False when it has no score, ties go to the earlier."""
         return not self._order or self.best_index == self._order[-1]
 
-    def _check_score(self, index: int) -> None:
+    def _check_score(self, index: int, *, complete: bool = False) -> None:
         if self._warned or self.score_at(index) is not None:
             return
         split = self.score_split
         row = self._rows[index].get(split) if split is not None else None
-        if row is None:  # the split may be merged into the row later
+        if row is None and not complete:  # the split may be merged into the row later
             return
         self._warned = True
-        names = ", ".join(map(str, row)) if isinstance(row, Mapping) else "nothing"
-        warnings.warn(
-            f"there is no score: {self.score_name!r} is not a number among the metrics of split {split!r} ({names}); "
-            "set score_name and score_split",
-            UserWarning,
-            stacklevel=3,
-        )
+        if row is None:
+            problem = f"no split {split!r} was evaluated ({', '.join(self._rows[index]) or 'none was'})"
+        else:
+            names = ", ".join(map(str, row)) if isinstance(row, Mapping) else "nothing"
+            problem = f"{self.score_name!r} is not a number among the metrics of split {split!r} ({names})"
+        warnings.warn(f"there is no score: {problem}; set score_name and score_split", UserWarning, stacklevel=3)
 
     # ------------------------------------------------------------ patience
 
     def count_evaluation(self) -> bool:
         """Count one complete evaluation of the last row; returns `exhausted`."""
+        if self._order:
+            self._check_score(self._order[-1], complete=True)
         self.stale = 0 if self.is_best else self.stale + 1
         return self.exhausted
 

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     parts = [
         _part("identity", identity, left, right, "the same experiment: no identity key differs"),
         _part("other keys", config, left, right, "no other key differs"),
-        _part("git", git, left, right, "the same revision"),
+        _part("git", git, left, right, "the same revision" if _git(left) else "no revision is recorded of either run"),
         _part("best", best, left, right, "no results yet", format_number),
     ]
     print("\n\n".join(parts))

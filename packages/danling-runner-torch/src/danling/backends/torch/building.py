@@ -337,7 +337,9 @@ class Building(_Host):
             wanted = f"{self.score_split}.{self.score_name}"
         from danling.runners.trackers.base import flatten
 
-        found = flatten(self.results.latest_result or {})
+        row = self.results.latest_result or {}
+        row.pop("index", None)
+        found = flatten(row)
         matches = [name for name in found if name == wanted or name.split(".", 1)[-1] == wanted]
         if len(matches) > 1 and f"{self.score_split}.{wanted}" in matches:
             matches = [f"{self.score_split}.{wanted}"]

@@ -136,11 +136,18 @@ class Training(_Host):
         Raises:
             ValueError: the loss is not a scalar.
             TypeError: it is not a tensor.
+            RuntimeError: the window is complete already.
         """
         self.check_loss(loss)
         window = self.window
         index = window.index
-        weight, factors = window.weights[index], window.factors
+        try:
+            weight, factors = window.weights[index], window.factors
+        except IndexError:
+            raise RuntimeError(
+                "backward() after the last micro-batch of the window: train_step must call advance(loss), or "
+                "backward(loss) and then step(), exactly once"
+            ) from None
         if isinstance(weight, Tensor):  # on a device, which nobody waits for
             loss = torch.where(weight > 0, loss if factors is None else loss * factors[index], 0.0)
         elif window.is_filler if weight is None else weight == 0:
@@ -314,7 +321,7 @@ class Training(_Host):
                 values |= {f"lr_{index}": rate for index, rate in enumerate(rates)}
         if self.grad_norm is not None:
             values["grad_norm"] = float(self.grad_norm)
-        values["time"] = longest
+        values["seconds_per_update"] = longest
         if elapsed > 0:
             values["samples_per_second"] = (state.samples - samples) / elapsed
             if state.tokens > tokens:
