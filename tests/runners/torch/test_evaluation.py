@@ -131,3 +131,23 @@ def test_from_checkpoint_and_from_pretrained(tmp_path):
     with Tiny.from_pretrained(tiny_config(tmp_path / "fresh"), runner.checkpoint_dir / "best") as fresh:
         assert fresh.global_step == 0
         assert torch.equal(fresh.model[0].weight, runner.model[0].weight)
+
+
+def test_a_run_continued_from_its_checkpoint_is_the_same_run_and_forgets_the_source(tmp_path):
+    class Placed(Tiny):
+        identity_exclude = ("tiny.root",)
+
+    with Tiny(tiny_config(tmp_path / "before", epochs=1)) as before:
+        before.train()
+    config = tiny_config(tmp_path, epochs=2, pretrained=str(before.checkpoint_dir / "best"), tiny__root="here")
+    with Placed(config) as runner:
+        runner.train()
+    with Placed.from_checkpoint(runner.checkpoint_dir / "epoch-1", epochs=3) as again:
+        assert again.dir == runner.dir and again.global_step == runner.global_step // 2
+        assert again.config.resume is None and again.config.pretrained == runner.config.pretrained
+        again.train()
+    stored = again.read_config(again.dir)
+    assert stored.resume is None
+    stored.auto_resume = True
+    with Tiny(stored) as newest:  # what the class left out of the identity is stored with it
+        assert newest.dir == runner.dir and newest.epoch == 3

@@ -196,8 +196,8 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, 
             self.init_wandb()
 
     def _write_run_files(self) -> None:
+        self._write_config()
         if self.is_main_process:
-            self.workspace.write_config(plain(self.config), stack=self.stack, seed=self.rng_state.seed)
             for name, error in self.workspace.write_metadata(
                 plain(self.config),
                 self.config.identity(),

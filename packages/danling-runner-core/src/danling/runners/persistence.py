@@ -186,6 +186,10 @@ class Persistence(_Host):
             facts["identity_exclude"] = excluded
         return self.workspace.config_content(plain(self.config), **facts)
 
+    def _write_config(self) -> None:
+        if self.is_main_process:
+            self.workspace.write_config(self.config_content())
+
     def capture_model(self) -> Callable[[Path], list[str] | None]:
         """Copy the weights alone (those of the EMA when there is one); return a function that writes them."""
         raise NotImplementedError
@@ -373,6 +377,9 @@ class Persistence(_Host):
     def from_checkpoint(cls, src: Any, **overrides: Any) -> Any:
         """A runner with the configuration and full state of a checkpoint.
 
+        The source does not stay in its configuration, so that who reads that again goes on from the newest checkpoint;
+        `pretrained` does, being part of what the run is.
+
         Args:
             src: a checkpoint or run directory.
             overrides: configuration keys to change, dotted names with `__` for the dot.
@@ -381,8 +388,11 @@ class Persistence(_Host):
         config = _read_config(path)
         for key, value in overrides.items():
             config[key.replace("__", ".")] = value
-        config.resume, config.pretrained, config.auto_resume = str(path), None, False
-        return cls(config)
+        config.resume, config.auto_resume = str(path), False
+        runner: Any = cls(config)
+        runner.config.resume = None
+        runner._write_config()
+        return runner
 
     @classmethod
     def from_pretrained(cls, config: Any, src: Any) -> Any:
