@@ -51,6 +51,13 @@ def test_strict_is_nestable_local_and_a_decorator():
 def test_errors_and_results_of_the_fallback():
     x = batch()
     assert torch.renorm(x, 2, dim=1, maxnorm=0.5).ragged_dims == (0,)
+    by_name = torch.renorm(x, 2, dim=1, maxnorm=0.5)
+    for by_place in (torch.renorm(x, 2, 1, 0.5), x.renorm(2, -2, 0.5)):  # a dim is one of .shape, wherever it is given
+        assert by_place.structure == by_name.structure
+        torch.testing.assert_close(by_place.concat, by_name.concat)
+        torch.testing.assert_close(by_place[0], torch.renorm(x[0], 2, 0, 0.5))
+    with pytest.raises(ValueError, match="batch dim 0"):
+        torch.renorm(x, 2, 0, 0.5)
     with pytest.raises(ValueError, match="batch size 3 and 2"):
         torch.block_diag(x, x[:2])
     with pytest.raises(ValueError, match="empty batch"):

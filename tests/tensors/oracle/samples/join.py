@@ -38,6 +38,21 @@ SAMPLES = {
     "vstack": [by_torch_names("vstack")],
     "dstack": [by_torch_names("dstack")],
     "column_stack": [by_torch_names("column_stack")],
+    "meshgrid": [
+        Sample(lambda d, x, y: torch.meshgrid(x, y, indexing="ij"), TWO, ("flat",), FP32),
+        Sample(lambda d, x, y: torch.meshgrid(x, torch.arange(3.0), y, indexing="xy"), TWO, ("flat",), FP32),
+        Sample(
+            lambda d, x, y: torch.meshgrid(x, y[..., :2], indexing="xy"),
+            TWO,
+            ("batch_second", "empty_batch"),
+            FP32,
+            shapes=((3,), (3,)),
+            ragged=(),
+        ),
+        Sample(
+            lambda d, x, y: torch.meshgrid([x, y], indexing="ij"), TWO, ("sequences",), FP32, shapes=((), ()), ragged=()
+        ),
+    ],
     "split": [
         Sample(lambda d, x: x.split(2, d(-1)), layouts=("sequences", "batch_second", "two_ragged"), dtypes=FP32),
         Sample(lambda d, x: x.split(2, d(0)), layouts=("equal", "single"), dtypes=FP32),

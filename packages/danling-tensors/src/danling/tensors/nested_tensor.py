@@ -13,7 +13,8 @@ from torch._C import DisableTorchFunctionSubclass as _PlainTensors
 from danling.tensors.autograd import Autograd
 from danling.tensors.constructors import Constructors
 from danling.tensors.layout import Layout, is_traced
-from danling.tensors.ops.table import TABLE, call_with_out, resolve
+from danling.tensors.ops.signatures import by_position
+from danling.tensors.ops.table import FOREIGN, TABLE, call_with_out, resolve
 from danling.tensors.packing import (
     check_bool,
     check_index,
@@ -232,6 +233,9 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
             rule = resolve(func)
         if not kwargs:
             return rule(*args)
+        unknown = FOREIGN.get(func)
+        if unknown is not None and not unknown.isdisjoint(kwargs):
+            args, kwargs = by_position(func, unknown, args, kwargs)
         if kwargs.get("out") is not None:
             return call_with_out(func, rule, args, kwargs)
         return rule(*args, **kwargs)

@@ -61,7 +61,8 @@ def share_memory(func: Any, x: Any) -> Any:
 )
 def ask(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Questions that the values answer."""
-    return func(*(a._values if isinstance(a, NestedTensor) else a for a in args), **kwargs)
+    named = {name: a._values if isinstance(a, NestedTensor) else a for name, a in kwargs.items()}
+    return func(*(a._values if isinstance(a, NestedTensor) else a for a in args), **named)
 
 
 @register("cast", "view_as_real")

@@ -9,16 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danling.tensors.autograd import Autograd
 from danling.tensors.nested_tensor import NestedTensor, from_elements
+from danling.tensors.ops.base import at_element
+from danling.tensors.ops.signatures import names_of_places
 from danling.tensors.ops.table import fallback
 
-_DIM_NAMES = {"dim", "dims", "dim0", "dim1", "axis", "axes", "start_dim", "end_dim", "axis0", "axis1"}
+_DIM_NAMES = {"dimension", "start_dim", "end_dim"} | {
+    name + end for name in ("dim", "axis") for end in ("", "s", "0", "1", "2")
+}
+_DIM_NAMES.add("axes")
+
+
+_OWN = NestedTensor.__mro__[: NestedTensor.__mro__.index(Tensor)]
 
 
 def member(func: Any) -> Callable[..., Any] | None:
     """The NestedTensor member that stands for `torch.Tensor`'s one, e.g. for `torch.Tensor.grad.__get__`."""
-    own = {**Autograd.__dict__, **NestedTensor.__dict__}
+    own = {name: item for kind in reversed(_OWN) for name, item in vars(kind).items()}
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         descriptor = own.get(func.__self__.__name__)
@@ -78,8 +85,8 @@ def _translate(first: NestedTensor, value: Any, name: str) -> Any:
 def per_element(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Call `func` once per element and collect the results.
 
-    Tensors of one rank become a NestedTensor, 0-d ones a dense `(B,)`, anything else a list. Keyword arguments named
-    `dim` and the like are dims of `.shape` and are translated.
+    Tensors of one rank become a NestedTensor, 0-d ones a dense `(B,)`, anything else a list. Arguments that torch names
+    `dim` and the like are dims of `.shape` and are translated, given by name or by position.
 
     Raises:
         ValueError: NestedTensors of different batch size, or an empty batch, whose result cannot be known.
@@ -103,13 +110,15 @@ def run_per_element(func: Any, first: NestedTensor, leaves: list[NestedTensor], 
     if batch == 0:
         raise ValueError(f"{name} has no packed rule, and the result of an empty batch cannot be known without one")
     kwargs = {key: _translate(first, value, name) if key in _DIM_NAMES else value for key, value in kwargs.items()}
+    places = names_of_places(func, args)
+    args = [
+        _translate(first, value, name) if places and places[i] in _DIM_NAMES else value for i, value in enumerate(args)
+    ]
     elements = {id(x): x.unbind() for x in leaves}
     results = []
     for i in range(batch):
-        try:
+        with at_element(i):
             results.append(func(*_pick(args, i, elements), **_pick(kwargs, i, elements)))
-        except Exception as error:
-            raise type(error)(f"element {i}: {error}") from error
     if name.endswith("_") and not name.endswith("__") and results[0] is not None:
         return args[0]  # elements are views: the work is done in place
     return collect(results, first)

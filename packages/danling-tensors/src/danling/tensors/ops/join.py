@@ -233,6 +233,36 @@ def hstack(func: Any, tensors: Any) -> Any:
     return torch.cat(parts, layout.shape_dim(d))
 
 
+@register("join", "meshgrid")
+def meshgrid(func: Any, *tensors: Any, indexing: str | None = None) -> Any:
+    """Coordinates of each element's own grid; dense operands are shared by all elements."""
+    if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
+        tensors = tuple(tensors[0])
+    first = first_nested(*tensors)
+    ranks = [t._layout.rank if isinstance(t, NestedTensor) else t.dim() for t in tensors]
+    if indexing not in (None, "ij", "xy") or max(ranks) > 1 or len({t.dtype for t in tensors}) > 1:
+        func(*(t.concat[:0] if isinstance(t, NestedTensor) else t for t in tensors), indexing=indexing)
+        raise RuntimeError(f"meshgrid takes elements of 0 or 1 dims, got {ranks}")
+    like_first = first._layout
+    grids = []
+    for at, (t, rank) in enumerate(zip(tensors, ranks)):
+        if not isinstance(t, NestedTensor):
+            none = torch.empty(like_first.batch_size, 0, dtype=torch.int64, device="cpu")
+            shared = Layout(Segments(none), (), tuple(t.shape), like_first.batch_first)
+            t = like(first, t.expand(like_first.batch_size, *t.shape), shared)
+        elif not rank:
+            t = like(t, values_of(t), t._layout.replace(batch_first=like_first.batch_first))
+        for d in range(len(tensors)):
+            if d != at or not rank:
+                t = insert_dim(t, d)
+        grids.append(t)
+    out = torch.broadcast_tensors(*grids)
+    if indexing == "xy" and len(tensors) > 1:
+        dims = (out[0]._layout.shape_dim(0), out[0]._layout.shape_dim(1))  # type: ignore[attr-defined]
+        return tuple(grid.transpose(*dims) for grid in out)
+    return tuple(out)
+
+
 @register("join", "split", "split_with_sizes", "hsplit", "vsplit", "dsplit", "chunk", "tensor_split")
 def split(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     name = names(func)
@@ -251,6 +281,8 @@ def split(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         )
         pieces = base(values_of(x), size, v)
         return type(pieces)(like(x, p, layout.with_static(tuple(p.shape[1:]))) for p in pieces)
+    if name in ("split", "chunk"):
+        func(torch.empty(1, device="cpu"), size)  # raises what torch does of a number it cannot cut by
     head = (slice(None),) * (d + 1)
     column = layout.segments.sizes[:, layout.ragged_dims.index(d)]
     if name == "chunk" or (isinstance(size, int) and name in ("tensor_split", "hsplit", "vsplit", "dsplit")):

@@ -26,7 +26,7 @@ def look_up(func: Any, *args: Any, **kwargs: Any) -> Any:
     x = next(a for a in (*args, *kwargs.values()) if isinstance(a, NestedTensor))
     name = func.__name__
     if name == "searchsorted":
-        table = args[0]
+        table = args[0] if args else kwargs["sorted_sequence"]
         if isinstance(table, NestedTensor) or table.dim() != 1:
             raise ValueError("searchsorted takes a dense 1-D sorted sequence with NestedTensor values")
     if name == "isin" and not isinstance(args[0] if args else kwargs.get("elements"), NestedTensor):

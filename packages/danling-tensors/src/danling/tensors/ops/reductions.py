@@ -104,7 +104,7 @@ class Plan:
             return like(self.x, out, derived)
         # Dense results: batch (unless reduced) and what is left of the element.
         lead = () if self.all_rows else self.groups.sizes  # type: ignore[union-attr]
-        out = out.reshape(*lead, *static)
+        out = out.reshape([*lead, *static])
         labels: list[Any] = ([] if self.batch else [None]) + (ragged_kept if self.batch else []) + kept
         target = ([] if self.batch else [None]) + sorted(d for d in labels if d is not None)
         if labels != target:
@@ -132,7 +132,8 @@ class Plan:
         i = self.groups.first_empty
         if i is not None:
             if self.batch:
-                raise IndexError(f"{names(self.func)}: no element has position {i}, and there is no identity")
+                place = tuple(map(int, torch.unravel_index(torch.tensor(i, device="cpu"), self.groups.sizes)))
+                raise IndexError(f"{names(self.func)}: no element has position {place}, and there is no identity")
             with at_element(i):
                 self.func(self.x._values[:0], 0)  # torch's own error
             raise IndexError(f"{names(self.func)}: element {i} is empty along dim {self.dim}, and there is no identity")

@@ -238,6 +238,8 @@ def _static_runs_kept(layout: Layout, dims: tuple[int, ...], target: list[int], 
 def flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     layout = x._layout
     ndim = layout.rank + 1
+    for dim in (start_dim, end_dim):
+        layout.element_dim(dim)  # raises when it is out of range
     start, end = start_dim % ndim, end_dim % ndim
     if start == 0 and end == ndim - 1 or names(func) == "ravel":
         return flat_values(x)
@@ -424,7 +426,7 @@ def insert_dim(x: NestedTensor, d: int) -> NestedTensor:
 @register("shape", "expand", "expand_as", "broadcast_to")
 def expand(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if names(func) == "expand_as":
-        other = args[0]
+        other = args[0] if args else kwargs["other"]
         if isinstance(other, NestedTensor):
             from danling.tensors.ops.broadcast import align
 

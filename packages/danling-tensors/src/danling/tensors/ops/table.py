@@ -37,6 +37,9 @@ RULES: dict[str, Rule] = {}
 TABLE: dict[Any, Callable[..., Any]] = {}
 """Functions seen so far, bound to their rule; filled by `resolve` on first use."""
 
+FOREIGN: dict[Any, frozenset[str]] = {}
+"""Argument names of functions in `TABLE` that their rules know under another name; filled by `resolve`."""
+
 PREFIXES: dict[str, Callable[..., Any]] = {}
 """Rules for whole families of torch's private functions, by the start of their name."""
 
@@ -239,12 +242,16 @@ def candidates(func: Any) -> list[str]:
 def resolve(func: Any) -> Callable[..., Any]:
     """Bind a torch function to its rule and remember it."""
     from danling.tensors.ops.fallback import member, per_element
+    from danling.tensors.ops.signatures import foreign
 
     bound: Callable[..., Any] | None = None
     for name in candidates(func):
         rule = RULES.get(name)
         if rule is not None:
             bound = _guarded(rule, func) if rule.path in ("per element", "padded") else partial(rule.call, func)
+            unknown = foreign(func, rule.call)
+            if unknown:
+                FOREIGN[func] = unknown
             break
     if bound is None:
         name = getattr(func, "__name__", "")
