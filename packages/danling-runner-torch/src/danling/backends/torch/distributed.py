@@ -44,11 +44,11 @@ class WindowHeader(NamedTuple):
     tokens: int
     present: int
     left: bool
-    never: int
-    never_rank: int
-    abort: bool
-    stop: Stop
-    save: bool
+    never: int = 0
+    never_rank: int = -1
+    abort: bool = False
+    stop: Stop = Stop.NONE
+    save: bool = False
 
 
 class Distributed(_Host):
@@ -207,31 +207,25 @@ class Distributed(_Host):
     ) -> WindowHeader:
         """Tell all ranks about the window in hand and about requests on this rank; the one collective of a window."""
         supervisor = self.supervisor
-        flags = [supervisor.stop == level for level in (Stop.REQUEST, Stop.SIGINT, Stop.SIGTERM)]
-        mine = [
-            weight,
-            samples,
-            tokens,
-            present,
-            left,
-            never,
-            self.rank * never,
-            abort,
-            *flags,
-            supervisor.save_requested,
-        ]
-        sums = self._header.sum([float(value) for value in mine]).tolist()
-        found = [
-            level for level, count in zip((Stop.REQUEST, Stop.SIGINT, Stop.SIGTERM), sums[8:11], strict=True) if count
-        ]
-        stop = max(found, default=Stop.NONE)
-        if stop or sums[11]:
-            supervisor.agree(stop, bool(sums[11]))
-        self.agreed = bool(stop), bool(sums[11])
+        stop = supervisor.stop
+        # fmt: off
+        sums = self._header.sum((
+            weight, samples, tokens, present, left, never, self.rank if never else 0, abort,
+            stop == Stop.REQUEST, stop == Stop.SIGINT, stop == Stop.SIGTERM, supervisor.save_requested,
+        ))
+        # fmt: on
+        if sums[5:] == _NOTHING_ASKED:
+            self.agreed = (False, False)
+            return WindowHeader(sums[0], int(sums[1]), int(sums[2]), int(sums[3]), sums[4] > 0)
+        save = sums[11] > 0
+        stop = max((level for level, count in zip(_LEVELS, sums[8:11], strict=True) if count), default=Stop.NONE)
+        if stop or save:
+            supervisor.agree(stop, save)
+        self.agreed = bool(stop), save
         never_rank = int(sums[6]) if sums[5] == 1 else -1
         return WindowHeader(
-            sums[0], int(sums[1]), int(sums[2]), int(sums[3]), bool(sums[4]), int(sums[5]), never_rank,
-            bool(sums[7]), stop, bool(sums[11]),
+            sums[0], int(sums[1]), int(sums[2]), int(sums[3]), sums[4] > 0, int(sums[5]), never_rank,
+            sums[7] > 0, stop, save,
         )  # fmt: skip
 
     @property
@@ -247,6 +241,8 @@ class Distributed(_Host):
 
 
 _HEADER_SIZE = 12
+_LEVELS = (Stop.REQUEST, Stop.SIGINT, Stop.SIGTERM)
+_NOTHING_ASKED = [0.0] * (_HEADER_SIZE - 5)
 
 
 def _destroy_group() -> None:

@@ -66,7 +66,9 @@ class Window:
         if degree == 1 and len(batches) == 1:
             self.factors = None
         elif self.weighs:
-            self.factors = [weight * degree / total for weight in weights]
+            factors = [weight * degree / total for weight in weights]
+            equal = len(factors) == 1 and type(factors[0]) is float and factors[0] == 1.0
+            self.factors = None if equal else factors
         else:
             self.factors = [0.0] * len(batches)
         return self
