@@ -211,6 +211,6 @@ def test_seeking_does_not_depend_on_the_position():
 
 
 def _first_batch_seconds(sampler):
-    start = time.perf_counter()
+    start = time.thread_time()
     next(iter(sampler))
-    return time.perf_counter() - start
+    return time.thread_time() - start

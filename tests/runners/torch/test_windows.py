@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from danling.backends.torch.weights import weight_rule
+from danling.backends.torch.weights import WeightRule
 from danling.backends.torch.window import Window
 from support.tiny import Tiny, tiny_config
 
@@ -90,7 +90,7 @@ def test_a_window_of_weight_zero_is_skipped(tmp_path):
 
 
 def test_loss_weights_in_batches_come_first():
-    rule = weight_rule(nn.CrossEntropyLoss())
+    rule = WeightRule(nn.CrossEntropyLoss())
     assert rule({"input": INPUTS, "target": CLASSES, "loss_weight": torch.tensor([1.0, 0.5])}) == 1.5
     with pytest.raises(ValueError, match="give it to all or to none"):
         rule({"input": INPUTS, "target": CLASSES})

@@ -28,11 +28,12 @@ class RowBuffer:
         self._in_flight = False
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
-    def add_copies(self, scores: Tensor, targets: Tensor) -> None:
-        """Take rows without a mask, of the kind of those before, that nobody else holds."""
-        self._waiting.append((scores, targets))
-        self.size += scores.shape[0]
-        if len(self._waiting) >= _MOST_WAITING:
+    def add_copies(self, scores: Tensor, targets: Tensor, stop: int) -> None:
+        """Take rows without a mask, of the kind of those before, that nobody else holds; with them there are `stop`."""
+        waiting = self._waiting
+        waiting.append((scores, targets))
+        self.size = stop
+        if len(waiting) >= _MOST_WAITING:
             self._join()
 
     def _join(self) -> None:

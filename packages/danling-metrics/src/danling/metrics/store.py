@@ -91,15 +91,23 @@ class Store:
 
         Most batches of a loop are, and for small ones the looking costs more than the adding.
         """
-        if type(input) is not Tensor or type(target) is not Tensor or self.like != _describe(input, target):
+        like = self.like
+        if like is None or type(input) is not Tensor or type(target) is not Tensor:
+            return False
+        shape, kind, device = like
+        if input.shape != shape[0] or target.shape != shape[1] or target.requires_grad:
+            return False
+        if input.dtype is not kind[0] or target.dtype is not kind[1]:
+            return False
+        if input.device != device or target.device != device:
             return False
         buffer = self.buffer
         start = buffer.size
-        stop = start + input.shape[0]
+        stop = start + shape[0][0]
         if stop > self.block and not self.keep:
             return False
-        buffer.add_copies(input.detach().clone(), target.clone())
-        self.large, self.last = None, (start, stop)
+        buffer.add_copies(input.data.clone(), target.clone(), stop)
+        self.last = start, stop
         return True
 
     def remember(self, input: Any, target: Any, rows: Rows) -> None:
@@ -111,7 +119,8 @@ class Store:
             if (rows.scores.shape, rows.targets.shape) == (input.shape, target.shape) and self.large is None:
                 kept = self.buffer.scores
                 if 0 < input.numel() <= _SMALL_ELEMENTS and kept is not None and kept.device == input.device:
-                    self.like = _describe(input, target)
+                    if target.device == input.device:
+                        self.like = (input.shape, target.shape), (input.dtype, target.dtype), input.device
 
     def add(self, rows: Rows, samples: Rows | None) -> None:
         """Add the rows of one update."""
@@ -425,10 +434,6 @@ class Store:
         for name in ("sums", "last_direct"):
             state[name] = {key: value.to(device) for key, value in state[name].items()}
         self.load_state_dict(state)
-
-
-def _describe(input: Tensor, target: Tensor) -> tuple[Any, ...]:
-    return input.shape, target.shape, input.dtype, target.dtype, input.device, target.device, target.requires_grad
 
 
 def _new_state(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

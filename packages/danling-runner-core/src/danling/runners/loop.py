@@ -116,27 +116,34 @@ class Loop:
         listeners = runner.events["step"]
         bar = runner.console.bar if runner.console.bar.live else None
         dies = is_armed("step.end")
-        train = runner.window_trainer(self._train_window)
+        first = True
+        shortcut: Any = None
         self.last_metrics = {}
         with runner.open_pass(split) as data:
             while True:
-                window = data.next_window()
-                if window is None:  # the end of data of unknown length: a boundary without an update
-                    if data.interrupted:
-                        self._stop()
-                    else:
-                        self._boundary(updated=False, epoch_ended=self._complete_pass(split))
-                    break
-                train(window)
-                updated = window.applied
-                data.advance()
+                updated = None
+                if shortcut is not None:
+                    updated = shortcut(0 if listeners or dies else self._next_step, bar)
+                if updated is None:
+                    window = data.next_window()
+                    if window is None:  # the end of data of unknown length: a boundary without an update
+                        if data.interrupted:
+                            self._stop()
+                        else:
+                            self._boundary(updated=False, epoch_ended=self._complete_pass(split))
+                        break
+                    self._train_window(window)
+                    updated = window.applied
+                    data.advance()
+                    if bar is not None:
+                        bar.advance(state.global_step, state.epoch)
+                    if shortcut is None and first:
+                        shortcut, first = runner.shortcut(data), False
                 if updated:
                     if listeners:
                         runner.emit("step")
                 elif self.triggers:
                     self._skipped()
-                if bar is not None:
-                    bar.advance(state.global_step, state.epoch)
                 if dies:
                     crash_point("step.end")
                 if data.exhausted or state.global_step >= self._next_step or runner.pending:

@@ -132,13 +132,18 @@ class Surface(_Host):
         """Train on one micro-batch; return the prediction and the loss."""
         raise NotImplementedError
 
-    def window_trainer(self, train: Callable[[Any], None]) -> Callable[[Any], None]:
-        """What runs the micro-batches of a window; asked once per pass.
+    def shortcut(self, data: Any) -> Callable[[float, Any], bool | None] | None:
+        """What trains window after window without the loop, or None where the loop has to call every hook itself.
 
         Args:
-            train: calls `train_step` for each and records its loss.
+            data: the pass, after its first window.
+
+        Returns:
+            A function of the update to stop at and of the progress bar (or None). It stops at the latest there, at the
+            last window of the pass, and where a request is pending, and returns whether the last window was applied; or
+            None if the next window is not for it, or there is none.
         """
-        return train
+        return None
 
     def evaluate_epoch(self, split: str) -> dict[str, Any]:
         """Evaluate one split; return its metrics."""

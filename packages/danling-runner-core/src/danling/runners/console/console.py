@@ -91,7 +91,8 @@ class Console:
             total: None if unknown.
             values: numbers by name.
         """
-        self.bar.log(values)
+        if self.bar.live:
+            self.bar.log(values)
         extra = {_FILE_ONLY: self.bar.live}
         self.logger.info(
             "%s [%d/%s] %s", phase, step, "?" if total is None else total, values_line(values), extra=extra

@@ -17,7 +17,7 @@ from danling.backends.torch.data import build_dataloader, is_map_style
 from danling.backends.torch.infer import count_samples, split_output
 from danling.backends.torch.sharded import MEMBERS
 from danling.backends.torch.training import split_batch
-from danling.backends.torch.weights import weight_rule
+from danling.backends.torch.weights import WeightRule
 from danling.runners.errors import ConfigError
 
 from .microbatches import Plan, plan_microbatches, take_rows
@@ -449,7 +449,7 @@ class Pipelining(_Host):
 
     @cached_property
     def _microbatch_rule(self) -> Any:
-        rule = weight_rule(self.criterion, self._overridden_weight())
+        rule = WeightRule(self.criterion, self._overridden_weight())
         if self.topology.degrees["context"] > 1:  # of this rank's part of the sequences, as the weight of the batch
             return lambda piece: rule(self.shard_context(piece))
         return rule

@@ -23,7 +23,7 @@ from .payload import clean_name
 from .precision import Precision
 from .profiling import StepProfiler
 from .sampler import build_sampler
-from .weights import weight_rule
+from .weights import WeightRule
 
 _Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
@@ -166,8 +166,8 @@ class Building(_Host):
         """Bind criterion, the weights of losses, and metrics."""
         if isinstance(self.criterion, nn.Module):
             self.criterion = self.criterion.to(self.device)
-        self.weigh = weight_rule(self.criterion, self._overridden_weight())
-        self.weigh_evaluation = weight_rule(self.criterion, self._overridden_weight())
+        self.weigh = WeightRule(self.criterion, self._overridden_weight())
+        self.weigh_evaluation = WeightRule(self.criterion, self._overridden_weight())
         if self.train_metrics is None:
             self.train_metrics = self.metrics
         if self.evaluate_metrics is None:

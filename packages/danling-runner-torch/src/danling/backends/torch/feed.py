@@ -35,6 +35,9 @@ class Feed:
 
     Attributes:
         exhausted: no window follows the one in hand.
+        iterator: over the loader.
+        batches: micro-batches this rank has taken in this pass.
+        length: how many there are, if the loader knows.
         interrupted: a stop was asked for before the first window.
     """
 
@@ -49,7 +52,8 @@ class Feed:
         self._weigh = runner.weigh
         self._state = runner.train_state
         self._position = self._state.positions.setdefault(split, {"samples": 0})
-        self._batches = 0  # micro-batches this rank has taken in this pass
+        self.batches = 0  # micro-batches this rank has taken in this pass
+        self._held: Any = _END  # a batch that was taken and given back
         self._first = True
         self._sums = False  # whether losses are added instead of averaged
         self._last_batch: Any = _END
@@ -66,20 +70,20 @@ class Feed:
                     self.sampler.set_epoch(self._state.epoch)
             else:
                 runner.seek_loader(self.split, self._state.epoch, position["samples"])
-            self._length = exact_length(self.loader)
-            if self._length is not None and self.sampler is None:
-                self._length -= position["samples"]
+            self.length = exact_length(self.loader)
+            if self.length is not None and self.sampler is None:
+                self.length -= position["samples"]
             self._start = position["samples"]
-            self._iterator = iter(self.loader)
+            self.iterator = iter(self.loader)
         except WORKER_LOST as error:
-            self._excuse(error)
-            self._iterator = iter(())
+            self.excuse(error)
+            self.iterator = iter(())
         crash_point("loader.start")
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._iterator = iter(())
-        self._last_batch = _END
+        self.iterator = iter(())
+        self._last_batch = self._held = _END
         self.window.open([None], [1])
 
     def next_window(self) -> Window | None:
@@ -89,7 +93,7 @@ class Feed:
         try:
             batches = self._take()
         except WORKER_LOST as error:
-            self._excuse(error)
+            self.excuse(error)
             batches = []
         if self._first or self.interrupted:
             self._first = False
@@ -111,16 +115,21 @@ class Feed:
 
     def _next_plain(self) -> Window | None:
         """The same for one process and windows of one micro-batch, with nothing that these do not need."""
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            self.exhausted = True
+        if self.exhausted or self.interrupted:
             return None
-        except WORKER_LOST as error:
-            self._excuse(error)
-            return None
-        self._batches += 1
-        if self._batches == self._length:
+        if self._held is not _END:
+            batch, self._held = self._held, _END
+        else:
+            try:
+                batch = next(self.iterator)
+            except StopIteration:
+                self.exhausted = True
+                return None
+            except WORKER_LOST as error:
+                self.excuse(error)
+                return None
+        self.batches += 1
+        if self.batches == self.length:
             self.exhausted = True
         window = self.window
         window.open_one(batch, self._weigh(batch))
@@ -129,14 +138,18 @@ class Feed:
 
     def _take(self) -> list[Any]:
         if self.accum_steps == 1:
-            batch = next(self._iterator, _END)
+            batch = next(self.iterator, _END)
             batches = [] if batch is _END else [batch]
         else:
-            batches = list(islice(self._iterator, self.accum_steps))
-        self._batches += len(batches)
-        if len(batches) < self.accum_steps or self._batches == self._length:
+            batches = list(islice(self.iterator, self.accum_steps))
+        self.batches += len(batches)
+        if len(batches) < self.accum_steps or self.batches == self.length:
             self.exhausted = True
         return batches
+
+    def put_back(self, batch: Any) -> None:
+        """Give a batch back: the next window begins with it."""
+        self._held = batch
 
     def _count(self, batches: list[Any]) -> tuple[int, Any]:
         samples, tokens = 0, 0
@@ -146,7 +159,7 @@ class Feed:
             tokens = tokens + more
         return samples, tokens
 
-    def _excuse(self, error: Exception) -> None:
+    def excuse(self, error: Exception) -> None:
         """A worker that dies while a stop is pending counts as the stop; anything else is an error."""
         if not self.runner.supervisor.stop:
             raise error
@@ -176,7 +189,7 @@ class Feed:
             tokens=int(_number(tokens)),
             present=bool(batches),
             left=not self.exhausted,
-            never=not batches and self._last_batch is _END and self._start == 0 and self._batches == 0,
+            never=not batches and self._last_batch is _END and self._start == 0 and self.batches == 0,
             abort=self.interrupted,
         )
         if header.abort or (first and header.stop):
@@ -214,22 +227,21 @@ class Feed:
     def _left_empty(self, batches: list[Any]) -> int:
         """Micro-batches at the end that the sampler made up because there was no sample left for this rank."""
         assert self.sampler is not None
-        return 1 if self.sampler.is_filler(self.split_batches) else 0
-
-    @property
-    def split_batches(self) -> int:
-        """Micro-batches taken in this pass, this attempt."""
-        return self._batches
+        return 1 if self.sampler.is_filler(self.batches) else 0
 
     def advance(self) -> None:
         """Count the window in hand as consumed."""
-        state, window, position = self._state, self.window, self._position
+        state, window = self._state, self.window
         state.samples += window.samples
         state.tokens += window.tokens
+        self.note_position()
+
+    def note_position(self) -> None:
+        """Enter what has been consumed of the split into the state of the run."""
         if self.sampler is not None:
-            position["samples"] = self.sampler.consumed_after(self._start, self._batches)
+            self._position["samples"] = self.sampler.consumed_after(self._start, self.batches)
         else:
-            position["samples"] = self._start + self._batches
+            self._position["samples"] = self._start + self.batches
 
 
 def exact_length(loader: Any) -> int | None:

@@ -1,7 +1,7 @@
-"""The commonest step of training in one function: one process, one tensor in, one tensor out, every hook as it comes.
+"""The commonest updates of training in one function: one process, one pair of tensors each, every hook as it comes.
 
-Between the operations of a small model each call of a method costs about a microsecond. `Training.train_step` and the hooks
-below it stay the rule; this is the same sequence without the calls, and gives the same bits.
+Between the operations of a small model each call of a method costs about a microsecond. The loop, `Training.train_step` and the
+hooks below it stay the rule; this is the same sequence without the calls, and gives the same bits.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .feed import WORKER_LOST
+from .weights import WeightRule
+
 if TYPE_CHECKING:
+    from .feed import Feed
     from .runner import TorchRunner
-    from .window import Window
 
 FUSED = (
     "train_step",
@@ -26,17 +29,22 @@ FUSED = (
     "advance",
     "backward",
     "backpropagate",
+    "step",
     "record_loss",
 )
 
 
+_NUMBERS = (int, float)
+_SEQUENCES = (list, tuple)
+
+
 def is_plain(runner: TorchRunner) -> bool:
-    """Whether nothing between a batch and its gradients is special in this run."""
+    """Whether nothing between a batch and its update is special in this run."""
     from .runner import TorchRunner
 
     own = type(runner)
     return (
-        runner.world_size == 1
+        not runner.distributed
         and runner.ft is None
         and runner.accum_steps == 1
         and runner.device.type == "cpu"
@@ -48,30 +56,99 @@ def is_plain(runner: TorchRunner) -> bool:
     )
 
 
-def plain_window(runner: TorchRunner, otherwise: Callable[[Window], None]) -> Callable[[Window], None]:
-    """Return what trains on a window of one micro-batch.
+def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], bool | None]:
+    """Return what trains on the windows of a pass while they are plain.
 
     Args:
         runner: of which `is_plain` holds.
-        otherwise: takes the windows whose batch is no pair of tensors or has no weight.
+        feed: the pass, after its first window.
     """
-    meter = runner._meters[True]["loss"]
+    state, meter, weigh = runner.state.train, runner._meters[True]["loss"], runner.weigh
+    of_target = weigh.of_target if type(weigh) is WeightRule and not weigh.given else None
+    special = False  # batches are no pairs of tensors
 
-    def train(window: Window) -> None:
-        batch, weight = window.batches[0], window.weights[0]
-        if type(batch) not in (list, tuple) or len(batch) != 2 or not weight or isinstance(weight, Tensor):
-            return otherwise(window)
-        source, target = batch
-        if type(source) is not Tensor or type(target) is not Tensor:
-            return otherwise(window)
-        prediction = runner.model(source)
-        loss: Any = runner.criterion(prediction, target)
-        metrics = runner._train_metrics
-        if metrics is not None:
-            metrics.update(prediction, target)
-        runner.check_loss(loss)
-        loss.backward()
-        runner.step()
-        meter.update(loss.item(), weight)
+    def train(until: float, bar: Any) -> bool | None:
+        """Train up to an update, the end of the data, a request or a window that is skipped.
+
+        Args:
+            until: the update.
+            bar: told of every update; or None.
+
+        Returns:
+            Whether the last window was applied; None when the next one is not plain, or there is none.
+        """
+        nonlocal special
+        if special:
+            return None
+        model, criterion, metrics = runner.model, runner.criterion, runner._train_metrics
+        supervisor, update = runner.supervisor, runner.bare_update()
+        applied = True
+        try:
+            while True:
+                try:
+                    batch = next(feed.iterator)
+                except StopIteration:
+                    feed.exhausted = True
+                    return None
+                except WORKER_LOST as error:
+                    feed.excuse(error)
+                    return None
+                if not _is_pair(batch):
+                    special = True
+                    feed.put_back(batch)
+                    return None
+                source, target = batch
+                weight = weigh(batch) if of_target is None else of_target(target)
+                if type(weight) not in _NUMBERS or not weight > 0:
+                    feed.put_back(batch)
+                    return None
+                prediction = model(source)
+                loss: Any = criterion(
+                    prediction, target
+                )  # the last one lives until here: with it, torch keeps what adds
+                # gradients to parameters, instead of making it anew in every forward
+                if metrics is not None:
+                    metrics.update(prediction, target)
+                del prediction
+                if type(loss) is not Tensor or loss.dim():
+                    runner.check_loss(loss)
+                loss.backward()
+                state.micro_step += 1
+                if update is None:
+                    applied = runner.optimizer_step()
+                else:
+                    applied, norm = update()
+                    if norm is not None:
+                        runner.grad_norm = norm
+                    if applied:
+                        state.global_step += 1
+                meter.update(loss.item(), weight)
+                state.samples += len(source)
+                feed.batches += 1
+                if bar is not None and applied:
+                    bar.advance(state.global_step, state.epoch)
+                if feed.batches == feed.length:
+                    feed.exhausted = True
+                    break
+                if not applied or state.global_step >= until or supervisor.pending:
+                    break
+        finally:
+            feed.note_position()
+        if applied:
+            state.skipped_in_a_row = 0
+        else:
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+        return applied
 
     return train
+
+
+def _is_pair(batch: Any) -> bool:
+    return (
+        type(batch) in _SEQUENCES
+        and len(batch) == 2
+        and type(batch[0]) is Tensor
+        and type(batch[1]) is Tensor
+        and batch[0].dim() > 0
+    )

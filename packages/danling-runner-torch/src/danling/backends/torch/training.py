@@ -16,9 +16,8 @@ from danling.metrics import AverageMeters
 from danling.runners.state import RunnerMode
 
 from .feed import Feed
-from .plain import is_plain, plain_window
+from .plain import is_plain, plain_updates
 from .weights import samples_in
-from .window import Window
 
 _Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
@@ -68,9 +67,23 @@ class Training(_Host):
         """A context that yields windows of a train split from its position on."""
         return Feed(self, split)
 
-    def window_trainer(self, train: Callable[[Window], None]) -> Callable[[Window], None]:
-        """What runs the micro-batches of a window: `train`, or the same without its calls where nothing is special."""
-        return plain_window(self, train) if is_plain(self) else train  # type: ignore[arg-type]
+    def shortcut(self, data: Any) -> Callable[[float, Any], bool | None] | None:
+        """What trains while nothing is special, in fewer calls; see `plain_updates`."""
+        return plain_updates(self, data) if is_plain(self) else None  # type: ignore[arg-type]
+
+    def bare_update(self) -> Callable[[], Any] | None:
+        """The step of the optimizer, if nothing but the count of updates follows it in `optimizer_step`."""
+        bare = (
+            type(self).optimizer_step is Training.optimizer_step
+            and "optimizer_step" not in self.__dict__
+            and self.updater is not None
+            and self.ft is None
+            and self._ema_schedule is None
+            and self.profiler is None
+            and not self._first_update
+            and not self.supervisor.manages_gc
+        )
+        return self.updater.step if bare else None
 
     def forward(self, model: Any, data: Any) -> Any:
         """Call a model on the input of a batch; a mapping is passed as keywords."""

@@ -76,8 +76,8 @@ def count_elements(tensor: Tensor, ignored: int) -> int | Tensor:
     return int(np.count_nonzero(tensor.numpy() != ignored))
 
 
-def weight_rule(criterion: Any, override: Callable[[Any], Weight] | None = None) -> Callable[[Any], Weight]:
-    """Choose once per run how the weight of a batch is found.
+class WeightRule:
+    """How the weight of a batch is found, chosen once per run.
 
     The first rule that applies: the item `loss_weight` of a batch; the runner's overridden `loss_weight`; nothing for a
     criterion that sums; targets not ignored, or their class weights; target elements; rows or samples.
@@ -86,54 +86,64 @@ def weight_rule(criterion: Any, override: Callable[[Any], Weight] | None = None)
         criterion: what computes the loss.
         override: the user's own rule.
 
+    Attributes:
+        given: whether batches have the key `loss_weight`; None before the first.
+        of_target: the same for batches that are a tensor and a target without `loss_weight`; None where more is needed.
+
     Examples:
         >>> batch = (torch.zeros(3, 5), torch.tensor([0, -100, 2]))
-        >>> weight_rule(nn.CrossEntropyLoss())(batch), weight_rule(nn.MSELoss())((None, torch.zeros(3, 2)))
+        >>> WeightRule(nn.CrossEntropyLoss())(batch), WeightRule(nn.MSELoss())((None, torch.zeros(3, 2)))
         (2, 6)
-        >>> weight_rule(nn.CrossEntropyLoss(reduction="sum"))(batch) is None
+        >>> WeightRule(nn.CrossEntropyLoss(reduction="sum"))(batch) is None
         True
-        >>> weight_rule(lambda prediction, target: 0)(batch), weight_rule(None)({"loss_weight": 7})
+        >>> WeightRule(lambda prediction, target: 0)(batch), WeightRule(None)({"loss_weight": 7})
         (3, 7)
 
     Raises:
         ValueError: when called, for a batch without `loss_weight` after one that had it, or the reverse.
     """
-    rule = override or _criterion_rule(criterion)
-    given: bool | None = None
 
-    def weigh(batch: Any) -> Weight:
-        nonlocal given
+    __slots__ = ("of_target", "_override", "_adds", "given")
+
+    def __init__(self, criterion: Any, override: Callable[[Any], Weight] | None = None) -> None:
+        self._override = override
+        self._adds = getattr(criterion, "reduction", None) == "sum"
+        self.of_target = None if override or self._adds else _target_rule(criterion)
+        self.given: bool | None = None
+
+    def __call__(self, batch: Any) -> Weight:
+        """Return the weight of a batch."""
         has = type(batch) not in _SEQUENCES and isinstance(batch, Mapping) and "loss_weight" in batch
-        if has is not given:
-            if given is not None:
+        if has is not self.given:
+            if self.given is not None:
                 raise ValueError(
                     "some batches have the key 'loss_weight' and others have not: give it to all or to none"
                 )
-            given = has
+            self.given = has
         if has:
             weight = batch["loss_weight"]
             return _host(weight.sum()) if isinstance(weight, Tensor) else weight
-        return rule(batch)
-
-    return weigh
+        if self._override is not None:
+            return self._override(batch)
+        if self._adds:
+            return None
+        target = None if self.of_target is None else _packed(batch)
+        return samples_in(batch) if target is None else self.of_target(target)  # type: ignore[misc]
 
 
 def _host(weight: Weight) -> Weight:
     return weight.item() if isinstance(weight, Tensor) and weight.device.type == "cpu" else weight
 
 
-def _criterion_rule(criterion: Any) -> Callable[[Any], Weight]:
-    reduction = getattr(criterion, "reduction", None)
-    if reduction == "sum":
-        return lambda batch: None
-    if reduction != "mean" or isinstance(criterion, nn.CTCLoss):
-        return samples_in
+def _target_rule(criterion: Any) -> Callable[[Tensor], Weight] | None:
+    """How targets are weighed; None where samples are."""
+    if getattr(criterion, "reduction", None) != "mean" or isinstance(criterion, nn.CTCLoss):
+        return None
     ignored = getattr(criterion, "ignore_index", None)
     if not isinstance(ignored, int):
-        return _count_targets
-    classes = getattr(criterion, "weight", None)
-    if isinstance(classes, Tensor):
-        return lambda batch: _class_weights(batch, ignored, criterion.weight)
+        return Tensor.numel
+    if isinstance(getattr(criterion, "weight", None), Tensor):
+        return lambda target: _class_weights(target, ignored, criterion.weight)
     return partial(_count_classes, ignored)
 
 
@@ -145,28 +155,17 @@ def _packed(batch: Any) -> Tensor | None:
     return packed if isinstance(packed, Tensor) else None
 
 
-def _count_targets(batch: Any) -> Weight:
-    target = _packed(batch)
-    return samples_in(batch) if target is None else target.numel()
-
-
 def _rows(target: Tensor) -> float:
     """Rows of class probabilities: the class dimension is the second, or the only one."""
     classes = target.shape[1] if target.dim() > 1 else target.shape[0]
     return target.numel() / classes
 
 
-def _count_classes(ignored: int, batch: Any) -> Weight:
-    target = _packed(batch)
-    if target is None:
-        return samples_in(batch)
+def _count_classes(ignored: int, target: Tensor) -> Weight:
     return _rows(target) if target.is_floating_point() else count_elements(target, ignored)
 
 
-def _class_weights(batch: Any, ignored: int, classes: Tensor) -> Weight:
-    target = _packed(batch)
-    if target is None:
-        return samples_in(batch)
+def _class_weights(target: Tensor, ignored: int, classes: Tensor) -> Weight:
     if target.is_floating_point():
         return _rows(target)
     kept = target != ignored
