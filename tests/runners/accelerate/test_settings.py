@@ -96,17 +96,35 @@ def test_handlers_may_be_a_list():
         ({"deepspeed_plugin": {"zero_stage": 2}}, {}, {}, ["deepspeed_plugin", "--stack deepspeed"]),
         ({"deepspeed_plugins": {"a": {}}}, {}, {}, ["deepspeed_plugins", "--stack deepspeed"]),
         ({"megatron_lm_plugin": {"tp_degree": 2}}, {}, {}, ["megatron_lm_plugin", "--stack parallel"]),
-        ({"fsdp_plugin": {"fsdp_version": 2}}, {}, {}, ["fsdp_plugin", "--stack parallel"]),
+        ({"fsdp_plugin": {"fsdp_version": 1}}, {}, {}, ["fsdp_plugin", "fsdp_version is 1", "set it to 2"]),
+        ({"fsdp_plugin": {"fsdp_versoin": 2}}, {}, {}, ["fsdp_plugin.fsdp_versoin", "'fsdp_version'"]),
+        ({"fsdp_plugin": True}, {}, {}, ["fsdp_plugin", "a mapping", "True"]),
+        (
+            {"fsdp_plugin": {"activation_checkpointing": True}},
+            {},
+            {},
+            ["fsdp_plugin", "activation_checkpoint.enabled"],
+        ),
         ({"parallelism_config": {"tp_size": 2}}, {}, {}, ["parallelism_config", "--stack parallel"]),
         (None, {"ACCELERATE_USE_DEEPSPEED": "true"}, {}, ["ACCELERATE_USE_DEEPSPEED", "--stack deepspeed"]),
         (None, {"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, ["ACCELERATE_USE_MEGATRON_LM", "--stack parallel"]),
-        (None, {"ACCELERATE_USE_FSDP": "true"}, {}, ["ACCELERATE_USE_FSDP", "--stack parallel"]),
+        (None, {"ACCELERATE_USE_FSDP": "true"}, {}, ["ACCELERATE_USE_FSDP", "fsdp_version is 1"]),
     ],
 )
 def test_contradictions(accelerate, environ, config, words):
     with pytest.raises(ConfigError) as caught:
         settings(accelerate, environ, **config)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_an_fsdp_plugin():
+    before = dict(os.environ)
+    found = settings({"fsdp_plugin": {"cpu_ram_efficient_loading": False, "reshard_after_forward": False}})
+    assert isinstance(found.fsdp, utils.FullyShardedDataParallelPlugin) and found.arguments["fsdp_plugin"] is found.fsdp
+    assert found.fsdp.fsdp_version == 2 and found.fsdp.reshard_after_forward is False
+    launched = settings(None, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    assert launched.fsdp.fsdp_version == 2
+    assert settings({}).fsdp is None and dict(os.environ) == before
 
 
 def test_every_problem_is_listed():

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, tuple[int, int, dict]] = {
     ),
     "torch ddp 2": (2, 2, {"stack": "torch"}),
     "accelerate 2": (2, 2, {"stack": "accelerate"}),
+    "accelerate FSDP2": (2, 2, {"stack": "accelerate", "accelerate": {"fsdp_plugin": {}}}),
     "deepspeed ZeRO 1": (2, 2, {"stack": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 1}}}),
     "deepspeed ZeRO 3": (2, 2, {"stack": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 3}}}),
     "parallel replicate 2": (2, 2, {"stack": "parallel", "parallel.axes.replicate": 2}),
@@ -45,7 +46,10 @@ LAYOUTS: dict[str, tuple[int, int, dict]] = {
         {"stack": "parallel", "parallel.axes.replicate": 2, "parallel.axes.shard": 2},
     ),
 }
-FULL = [{"torch ddp 2", "accelerate 2"}, {"parallel replicate 2", "parallel shard 2"}]  # resume each other in full
+FULL = [
+    {"torch ddp 2", "accelerate 2", "accelerate FSDP2"},
+    {"parallel replicate 2", "parallel shard 2"},
+]  # resume each other in full
 ONLY_LANGUAGE = {"parallel tensor 2", "parallel shard 2 × tensor 2"}  # plans are for transformer layers
 
 

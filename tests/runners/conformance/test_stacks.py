@@ -41,10 +41,16 @@ def test_torch_on_two_ranks(tmp_path):
         ("torch", 1, ()),
         ("torch", 3, ()),
         ("accelerate", 2, ()),
+        pytest.param("accelerate", 2, ("--set", "accelerate={fsdp_plugin: {}}"), marks=pytest.mark.faults),
         ("parallel", 2, ("--set", "parallel.axes.shard=2")),
         pytest.param("parallel", 2, ("--set", "parallel.axes.replicate=2"), marks=pytest.mark.faults),
         ("deepspeed", 2, ("--set", "deepspeed={zero_optimization: {stage: 1}}")),
-        pytest.param("deepspeed", 2, ("--set", "deepspeed={zero_optimization: {stage: 3}}"), marks=pytest.mark.faults),
+        pytest.param(
+            "deepspeed",
+            2,
+            ("--set", "deepspeed={zero_optimization: {stage: 3}}", "--set", "ema.enabled=false"),
+            marks=pytest.mark.faults,
+        ),
     ],
     ids=lambda value: "-".join(value).replace("--set-", "") if isinstance(value, tuple) else str(value),
 )

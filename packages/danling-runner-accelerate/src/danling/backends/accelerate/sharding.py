@@ -23,8 +23,10 @@ _Host: Any = object  # part of AccelerateRunner: what is used here and not defin
 class Sharding(_Host):
     """The part of `AccelerateRunner` that is about an FSDP2 plugin; without one, nothing here does anything."""
 
+    model: Any
+    ema: Any
+    optimizer: Any
     _buffers_in_step: Buffers | None = None
-    _ema: Any
 
     @property
     def is_sharded(self) -> bool:
@@ -75,13 +77,9 @@ class Sharding(_Host):
                 f"accelerate.fsdp_plugin: {', '.join(whole[:8])} would be trained on every rank by itself: take its module out "
                 "of ignored_modules, or freeze it"
             )
-        self._buffers_in_step = Buffers([self.model], self.wide_group)
+        self.meets_in_forward = self.meets_in_backward = True  # FSDP2 gathers weights in both
+        self._buffers_in_step = Buffers([self.model], torch.distributed.group.WORLD)
         self._bind_ema()
-
-    @property
-    def wide_group(self) -> Any:
-        """The group of all ranks."""
-        return torch.distributed.group.WORLD
 
     def _units(self) -> Iterator[FSDPModule]:
         return (module for module in self.model.modules() if isinstance(module, FSDPModule))
@@ -105,16 +103,6 @@ class Sharding(_Host):
 
     # Steps
 
-    @property
-    def meets_in_forward(self) -> bool:  # type: ignore[override]
-        """Whether ranks wait for each other in every forward pass: FSDP2 gathers weights."""
-        return self.is_sharded
-
-    @property
-    def meets_in_backward(self) -> bool:  # type: ignore[override]
-        """Whether ranks wait for each other in every backward pass."""
-        return self.is_sharded
-
     def train_context(self) -> AbstractContextManager:
         """Encloses forward and loss of a training step: precision, and no synchronisation inside a window."""
         if not self.is_sharded:
@@ -129,6 +117,11 @@ class Sharding(_Host):
             torch.nan_to_num(loss, 0.0, 0.0, 0.0).mul(0).backward()
         else:
             super().backward_nothing(loss)
+
+    def share_buffers(self) -> None:
+        """Give every rank the buffers of rank 0, where not every update does."""
+        if not self.is_sharded:
+            super().share_buffers()
 
     def optimizer_step(self) -> bool:
         """Update the weights and what follows every update; return whether it was applied."""
