@@ -34,12 +34,12 @@ class Measured(Tiny):
 
 @scenario
 def straight():
-    with Measured(tiny_config(root + "/straight")) as runner:
+    with Measured(tiny_config(root + "/straight", tiny__norm=True)) as runner:  # statistics that each rank updates
         runner.train()
         return [runner.losses, final_state(runner)]
 
 def stopped_and_resumed(folder, event, due, victim):
-    config = tiny_config(root + folder, auto_resume=True)
+    config = tiny_config(root + folder, auto_resume=True, tiny__norm=True)
     runner = Measured(config)
     runner.on(event, lambda runner, event: rank == victim and due(event) and os.kill(os.getpid(), signal.SIGTERM))
     try:

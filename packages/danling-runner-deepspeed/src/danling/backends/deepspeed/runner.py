@@ -13,6 +13,7 @@ from torch import Tensor
 
 from danling.backends.torch import TorchRunner
 from danling.backends.torch.export import cast_floating, write_safetensors
+from danling.backends.torch.local import broadcast_buffers
 from danling.backends.torch.payload import EMA, MODEL, load_model_state, rank_file, read_weights, strip_prefixes
 from danling.backends.torch.precision import Precision
 from danling.runners.atomic import write_json
@@ -177,7 +178,7 @@ class DeepSpeedRunner(TorchRunner):
         self._carried = {id(model), id(self.engine)}
         self._number_format = next((p.dtype for p in model.parameters() if p.dtype in SHORT), None)
         self._shared_buffers = [buffer for buffer in model.buffers() if self.distributed]
-        self.share_buffers()
+        broadcast_buffers(self._shared_buffers)
 
     def _destroy_engine(self) -> None:
         self.model = self.unwrap(self.model)
@@ -234,19 +235,10 @@ class DeepSpeedRunner(TorchRunner):
             return super().forward(model, data)
         if self._shared_buffers and self._mode is RunnerMode.TRAIN and self.window.index == 0:
             if self.config.ddp.broadcast_buffers:
-                self.share_buffers()
+                broadcast_buffers(self._shared_buffers)
         if self._number_format is None:
             return super().forward(model, data)
         return to_float32(super().forward(model, to_dtype(data, self._number_format)))
-
-    def share_buffers(self) -> None:
-        """Give every rank the buffers of rank 0; the engine does so for parameters alone."""
-        for dtype in dict.fromkeys(buffer.dtype for buffer in self._shared_buffers):  # in one order on all ranks
-            buffers = [buffer for buffer in self._shared_buffers if buffer.dtype == dtype]
-            flat = torch.cat([buffer.detach().flatten() for buffer in buffers])
-            dist.broadcast(flat, src=0)
-            for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-                buffer.detach().copy_(values.view_as(buffer))
 
     def backpropagate(self, loss: Tensor) -> None:
         """Backpropagate a loss that has its factor, telling the engine whether the window ends with it."""

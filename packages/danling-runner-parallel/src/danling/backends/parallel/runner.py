@@ -407,6 +407,9 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
             "reduce_flag": partial(self.parallel.all_reduce, domain="all", op=dist.ReduceOp.MAX),
         }
 
+    def share_buffers(self) -> None:
+        """Nothing to do: every update leaves buffers the same on all ranks that average gradients."""
+
     def optimizer_step(self) -> bool:
         """Update the weights and what follows every update; return whether it was applied."""
         first = self._first_update

@@ -141,6 +141,7 @@ class Building(_Host):
         if config.activation_checkpoint.enabled:
             options = config.activation_checkpoint
             apply_activation_checkpointing(self.model, options.module_classes, options.checkpoint_impl)
+        self.share_state()
         self._bind_ema()
         if config.compile.enable:
             load_artifacts(config.compile.precompile_artifact_dir)

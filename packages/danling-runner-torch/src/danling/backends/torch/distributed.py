@@ -7,15 +7,17 @@ import os
 import sys
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from danling.runners.supervisor import Stop
 
 from .collective import Header, TorchCoordinator, new_commit_group
+from .local import broadcast_buffers, broadcast_state
 
 _Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
@@ -184,6 +186,28 @@ class Distributed(_Host):
         """Wait for all ranks."""
         if self.distributed:
             self.gather_objects(None)
+
+    def _group_for(self, module: nn.Module) -> Any:
+        """A group that can send the tensors of a module: one of gloo for those on the host, else that of all ranks."""
+        tensor = next(chain(module.parameters(), module.buffers()), None)
+        return self._control if tensor is not None and tensor.is_cpu else None
+
+    def share_state(self) -> None:
+        """Start all replicas, and an average of the user's own, with the parameters and buffers of rank 0."""
+        for module in (self.model, self.ema):
+            if self.distributed and isinstance(module, nn.Module):
+                broadcast_state(module, self._group_for(module))
+
+    def share_buffers(self) -> None:
+        """Give every rank the buffers of rank 0: each has updated its running statistics by itself since the last forward.
+
+        DistributedDataParallel does so before the next one. This is for what reads them in between: an evaluation, or
+        whoever looks at the model after training.
+        """
+        if self.distributed and self.config.ddp.broadcast_buffers:
+            for module in (self.unwrap(self.model), self.ema):
+                if isinstance(module, nn.Module):
+                    broadcast_buffers(list(module.buffers()), self._group_for(module))
 
     def reduce_log(self, sums: list[float], longest: float) -> tuple[list[float], float]:
         """Sum numbers over all ranks and take the largest of another."""

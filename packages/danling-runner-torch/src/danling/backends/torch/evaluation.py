@@ -86,6 +86,7 @@ class Evaluation(_Host):
         bar = self.console.bar
         bar.start_evaluation(split, total)
         begun = time.perf_counter()
+        self.share_buffers()
         try:
             with self._aside(RunnerMode.EVALUATE, split):
                 done = 0

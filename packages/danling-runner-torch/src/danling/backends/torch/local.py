@@ -45,6 +45,12 @@ def broadcast_state(module: nn.Module, group: Any = None) -> None:
             tensor.detach().copy_(whole)
 
 
+def broadcast_buffers(buffers: Sequence[Tensor], group: Any = None) -> None:
+    """Give all ranks of a group the buffers of the first of them, few messages for many; without a group, all ranks."""
+    if buffers:
+        dist._broadcast_coalesced(group or dist.group.WORLD, list(map(local_tensor, buffers)), BROADCAST_BYTES, 0)
+
+
 class Buffers:
     """Keeps buffers that training changes, such as running statistics, the same on all ranks that average gradients.
 
@@ -65,8 +71,7 @@ class Buffers:
         if seen == self._seen:
             return
         changed = [module for module, now, before in zip(self.modules, seen, self._seen, strict=True) if now != before]
-        buffers = [local_tensor(buffer) for module in changed for buffer in module.buffers(False)]
-        dist._broadcast_coalesced(self.group, buffers, BROADCAST_BYTES, 0)
+        broadcast_buffers([buffer for module in changed for buffer in module.buffers(False)], self.group)
         self._seen = [_versions(module) for module in self.modules]
 
 

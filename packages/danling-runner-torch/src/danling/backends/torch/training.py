@@ -277,6 +277,7 @@ class Training(_Host):
 
     def read_training(self, split: str, *, reset: bool) -> dict[str, Any]:
         """Metrics of the training since the last reset, over all ranks."""
+        self.share_buffers()
         meters = self._meters[True]
         values = plain_metrics(meters.average() if len(meters) else {})
         if self.train_metrics is not None:
