@@ -9,42 +9,50 @@
 namespace danling {
 namespace {
 
-// total[c] = sum over rows of column c, in blocks so that rounding errors stay small. Four rows at a time spare the
-// accumulators' way through memory.
+// out[i] += the sum over all rows; four at a time spare the sums' way through memory. A function of its own, because inlined
+// ones lose what __restrict says.
 template <typename T>
-void sum_rows(
-    Sum<T>* __restrict total, Sum<T>* __restrict block, const T* __restrict x, int64_t rows, int64_t columns, bool far) {
+DANLING_APART void add_rows(
+    Sum<T>* __restrict out, const T* __restrict x, int64_t rows, int64_t columns, bool far) {
   using Acc = Sum<T>;
-  std::fill(total, total + columns, Acc(0));
-  constexpr int64_t kBlock = 128;
-  for (int64_t first = 0; first < rows; first += kBlock) {
-    const int64_t stop = std::min(rows, first + kBlock);
-    Acc* __restrict out = rows <= kBlock ? total : block;
-    if (rows > kBlock) {
-      std::fill(block, block + columns, Acc(0));
-    }
-    int64_t r = first;
-    for (; r + 4 <= stop; r += 4) {
-      const T* __restrict a = x + r * columns;
-      const T* __restrict b = a + columns;
-      const T* __restrict c = b + columns;
-      const T* __restrict d = c + columns;
+  constexpr int64_t kStep = 32; // compilers write out shorter loops instead of turning them into vector code
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4, x += 4 * columns) {
+    const T* __restrict b = x + columns;
+    const T* __restrict c = b + columns;
+    const T* __restrict d = c + columns;
+    int64_t i = 0;
+    for (; i + kStep <= columns; i += kStep) {
       if (far) {
-        fetch(d + columns, std::min<int64_t>(4, rows - r - 4) * columns * static_cast<int64_t>(sizeof(T)));
+        fetch_ahead(x + 4 * i, 4 * kStep * static_cast<int64_t>(sizeof(T)));
       }
-      for (int64_t i = 0; i < columns; ++i) {
-        out[i] += (static_cast<Acc>(a[i]) + static_cast<Acc>(b[i])) + (static_cast<Acc>(c[i]) + static_cast<Acc>(d[i]));
-      }
-    }
-    for (; r < stop; ++r) {
-      for (int64_t i = 0; i < columns; ++i) {
-        out[i] += static_cast<Acc>(x[r * columns + i]);
+      for (int64_t j = i; j < i + kStep; ++j) {
+        out[j] += (static_cast<Acc>(x[j]) + static_cast<Acc>(b[j])) + (static_cast<Acc>(c[j]) + static_cast<Acc>(d[j]));
       }
     }
-    if (rows > kBlock) {
-      for (int64_t i = 0; i < columns; ++i) {
-        total[i] += block[i];
-      }
+    for (; i < columns; ++i) {
+      out[i] += (static_cast<Acc>(x[i]) + static_cast<Acc>(b[i])) + (static_cast<Acc>(c[i]) + static_cast<Acc>(d[i]));
+    }
+  }
+  for (; r < rows; ++r, x += columns) {
+    for (int64_t i = 0; i < columns; ++i) {
+      out[i] += static_cast<Acc>(x[i]);
+    }
+  }
+}
+
+// total[c] = sum over rows of column c, in blocks so that rounding errors stay small
+template <typename T>
+void sum_rows(Sum<T>* __restrict total, Scratch<Sum<T>>& scratch, const T* x, int64_t rows, int64_t columns, bool far) {
+  constexpr int64_t kBlock = 128;
+  std::fill(total, total + columns, Sum<T>(0));
+  add_rows<T>(total, x, std::min(rows, kBlock), columns, far);
+  for (int64_t first = kBlock; first < rows; first += kBlock) {
+    Sum<T>* __restrict block = scratch.resize(columns);
+    std::fill(block, block + columns, Sum<T>(0));
+    add_rows<T>(block, x + first * columns, std::min(rows - first, kBlock), columns, far);
+    for (int64_t i = 0; i < columns; ++i) {
+      total[i] += block[i];
     }
   }
 }
@@ -53,23 +61,24 @@ template <typename T>
 void sum_kernel(const Segments& s, const T* in, SumResult<T>* out, bool mean) {
   const bool far = is_far(s.rows * s.columns * static_cast<int64_t>(sizeof(T)));
   s.each([&](int64_t i, int64_t first, int64_t count) {
-    thread_local std::vector<Sum<T>> scratch;
+    thread_local Scratch<Sum<T>> totals;
+    thread_local Scratch<Sum<T>> blocks;
     const Wide wide(count, s.columns);
-    scratch.resize(2 * wide.lanes);
-    Sum<T>* total = scratch.data();
+    Sum<T>* total = totals.resize(wide.lanes);
     const T* x = in + first * s.columns;
-    sum_rows<T>(total, total + wide.lanes, x, wide.rows, wide.lanes, far);
+    sum_rows<T>(total, blocks, x, wide.rows, wide.lanes, far);
     for (int64_t l = 0; l < wide.tail; ++l) {
       total[l] += static_cast<Sum<T>>(x[wide.rows * wide.lanes + l]);
     }
     wide.gather(total, s.columns, [](Sum<T> a, Sum<T> b) { return a + b; });
+    if constexpr (is_floating<T>) {
+      for (int64_t c = 0; mean && c < s.columns; ++c) {
+        total[c] /= static_cast<Sum<T>>(count);
+      }
+    }
     SumResult<T>* y = out + i * s.columns;
     for (int64_t c = 0; c < s.columns; ++c) {
-      if constexpr (is_floating<T>) {
-        y[c] = static_cast<T>(mean ? total[c] / static_cast<Sum<T>>(count) : total[c]);
-      } else {
-        y[c] = total[c];
-      }
+      y[c] = static_cast<SumResult<T>>(total[c]);
     }
   });
 }
@@ -118,62 +127,89 @@ auto beats(V a, V b) {
   return kLargest ? a > b : a < b;
 }
 
-// One row, or a part of it, number `row`. Returns whether there is a NaN.
+// One row, or a part of it, number `row`; a NaN shows in `sum`.
 template <bool kLargest, typename V, typename Index>
-bool extremum_row(const V* __restrict x, V* __restrict best, Index* __restrict where, int64_t lanes, Index row) {
-  bool nan = false;
+void extremum_row(const V* __restrict x, V* __restrict best, Index* __restrict where, V* sum, int64_t lanes, Index row) {
   for (int64_t l = 0; l < lanes; ++l) {
     const bool wins = beats<kLargest>(x[l], best[l]);
-    nan |= x[l] != x[l];
+    if constexpr (std::is_floating_point_v<V>) {
+      *sum += x[l];
+    }
     best[l] = wins ? x[l] : best[l];
     where[l] = wins ? row : where[l];
   }
-  return nan;
 }
 
-// Four rows of `lanes` values, the first of them number `row`. The best of them is found in two rounds before it meets the best
-// so far, so that few comparisons wait for another; the first of equals stays. Written with vector types because compilers turn
-// the same choices on scalars into branches. Returns whether there may be a NaN: adding up costs less than looking for one, and
-// finds none too many but where infinities of both signs meet.
-template <bool kLargest, typename V, typename Index>
-bool extremum_rows(const V* x, V* best, Index* where, int64_t lanes, Index row) {
+// As the values are compared: `from` itself, or a wider copy of it in `room`
+template <typename V, typename T>
+const V* widen(const T* from, int64_t size, V* room) {
+  if constexpr (std::is_same_v<T, V>) {
+    return from;
+  } else {
+    for (int64_t j = 0; j < size; ++j) {
+      room[j] = static_cast<V>(from[j]);
+    }
+    return room;
+  }
+}
+
+// All rows of a chunk, four at a time. The best of four is found in two rounds before it meets the best so far, so that few
+// comparisons wait for another; the first of equals stays. Written with vector types because compilers turn the same choices on
+// scalars into branches. `sum` tells whether there may be a NaN: adding up costs less than looking for one, and finds none too
+// many but where infinities of both signs meet. `room` takes four widened rows.
+template <bool kLargest, typename V, typename Index, typename T>
+DANLING_APART void extremum_rows(
+    const T* x, int64_t rows, int64_t lanes, V* best, Index* where, V* sum, V* room, bool far) {
   using Vector = Vectors<V>;
   using Values = typename Vector::Values;
   using Indices = typename Vector::Indices;
-  const Indices first = Indices{} + row;
-  const Indices third = Indices{} + (row + 2);
-  Values sum = {};
-  int64_t l = 0;
-  for (; l + Vector::kLanes <= lanes; l += Vector::kLanes) {
-    const Values a = Vector::template load<Values>(x + l);
-    const Values b = Vector::template load<Values>(x + lanes + l);
-    const Values c = Vector::template load<Values>(x + 2 * lanes + l);
-    const Values d = Vector::template load<Values>(x + 3 * lanes + l);
-    const Values old = Vector::template load<Values>(best + l);
-    if constexpr (std::is_floating_point_v<V>) {
-      sum += (a + b) + (c + d);
+  constexpr int64_t kStep = Vector::kLanes;
+  const int64_t whole = lanes / kStep * kStep;
+  Values total = {};
+  for (int64_t r = 0; r < rows; r += 4) {
+    // Where less than four rows are left, the last one stands in for the others.
+    const int64_t left = std::min<int64_t>(4, rows - r);
+    const T* next = x + r * lanes;
+    const V* row_a = widen<V>(next, left * lanes, room);
+    const V* row_b = left > 1 ? row_a + lanes : row_a;
+    const V* row_c = left > 2 ? row_b + lanes : row_b;
+    const V* row_d = left > 3 ? row_c + lanes : row_c;
+    const Indices first = Indices{} + static_cast<Index>(r);
+    const Indices third = Indices{} + static_cast<Index>(r + 2);
+    for (int64_t l = 0; l < whole; l += kStep, next += 4 * kStep) {
+      if (far) {
+        fetch_ahead(next, 4 * kStep * static_cast<int64_t>(sizeof(T)));
+      }
+      const Values a = Vector::template load<Values>(row_a + l);
+      const Values b = Vector::template load<Values>(row_b + l);
+      const Values c = Vector::template load<Values>(row_c + l);
+      const Values d = Vector::template load<Values>(row_d + l);
+      const Values old = Vector::template load<Values>(best + l);
+      if constexpr (std::is_floating_point_v<V>) {
+        total += (a + b) + (c + d);
+      }
+      const Indices is_b = (Indices)beats<kLargest>(b, a); // all bits, which is -1, or none
+      const Indices is_d = (Indices)beats<kLargest>(d, c);
+      const Values early = beats<kLargest>(b, a) ? b : a;
+      const Values late = beats<kLargest>(d, c) ? d : c;
+      const Indices is_late = (Indices)beats<kLargest>(late, early);
+      const Values top = beats<kLargest>(late, early) ? late : early;
+      // Logic rather than a choice: CPUs have more units for it.
+      const Indices top_row = ((third - is_d) & is_late) | ((first - is_b) & ~is_late);
+      const Indices wins = (Indices)beats<kLargest>(top, old);
+      Vector::store(best + l, wins ? top : old);
+      Vector::store(where + l, wins ? top_row : Vector::template load<Indices>(where + l));
     }
-    const Indices second = (Indices)beats<kLargest>(b, a); // all bits, which is -1, or none
-    const Indices fourth = (Indices)beats<kLargest>(d, c);
-    const Values early = second ? b : a;
-    const Values late = fourth ? d : c;
-    const Indices half = (Indices)beats<kLargest>(late, early);
-    const Values top = half ? late : early;
-    const Indices top_row = half ? third - fourth : first - second;
-    const Indices wins = (Indices)beats<kLargest>(top, old);
-    Vector::store(best + l, wins ? top : old);
-    Vector::store(where + l, wins ? top_row : Vector::template load<Indices>(where + l));
-  }
-  bool nan = false;
-  if constexpr (std::is_floating_point_v<V>) {
-    for (int64_t j = 0; j < Vector::kLanes; ++j) {
-      nan |= sum[j] != sum[j];
+    if (whole < lanes) {
+      for (int64_t j = 0; j < left; ++j) {
+        extremum_row<kLargest>(
+            row_a + j * lanes + whole, best + whole, where + whole, sum, lanes - whole, static_cast<Index>(r + j));
+      }
     }
   }
-  for (Index r = 0; r < 4 && l < lanes; ++r) {
-    nan |= extremum_row<kLargest>(x + r * lanes + l, best + l, where + l, lanes - l, row + r);
+  for (int64_t j = 0; j < kStep; ++j) {
+    *sum += total[j];
   }
-  return nan;
 }
 
 // One column the plain way, for elements with NaN: the first NaN wins, otherwise the first of the best.
@@ -206,51 +242,35 @@ void extremum_kernel(const Segments& s, const T* in, T* out, int64_t* positions,
       std::fill(p, p + columns, int64_t{-1});
       return;
     }
-    thread_local std::vector<V> best;
-    thread_local std::vector<V> widened;
-    thread_local std::vector<Index> where; // wide row in its chunk, -1 if an earlier chunk has the best value
-    thread_local std::vector<int64_t> at; // wide row
+    thread_local Scratch<V> bests;
+    thread_local Scratch<V> widened;
+    thread_local Scratch<Index> places;
+    thread_local Scratch<int64_t> wide_rows;
     const T* x = in + first * columns;
     const Wide wide(count, columns);
     const int64_t lanes = wide.lanes;
-    best.assign(lanes, worst<kLargest, V>());
-    where.resize(lanes);
-    at.assign(lanes, 0);
-    bool nan = false;
-    for (int64_t chunk = 0; chunk <= wide.rows; chunk += kChunk) {
-      std::fill(where.begin(), where.end(), Index{-1});
-      const int64_t stop = std::min(wide.rows, chunk + kChunk);
-      for (int64_t r = chunk; r <= stop;) {
-        const int64_t rows = r + 4 <= stop ? 4 : 1;
-        const int64_t size = r < wide.rows ? rows * lanes : wide.tail;
-        if (r == stop && stop < wide.rows) {
-          break; // the next chunk's
-        }
-        const T* from = x + r * lanes;
-        if (far) {
-          fetch(from + size, std::min(4 * lanes, count * columns - r * lanes - size) * static_cast<int64_t>(sizeof(T)));
-        }
-        const V* values;
-        if constexpr (std::is_same_v<T, V>) {
-          values = from;
-        } else {
-          widened.resize(4 * lanes);
-          for (int64_t j = 0; j < size; ++j) {
-            widened[j] = static_cast<V>(from[j]);
-          }
-          values = widened.data();
-        }
-        const Index row = static_cast<Index>(r - chunk);
-        nan |= rows == 4 ? extremum_rows<kLargest>(values, best.data(), where.data(), lanes, row)
-                         : extremum_row<kLargest>(values, best.data(), where.data(), std::min(lanes, size), row);
-        r += rows;
+    V* best = bests.resize(lanes);
+    V* room = widened.resize(4 * lanes);
+    Index* where = places.resize(lanes); // wide row in its chunk, -1 if an earlier chunk has the best value
+    int64_t* at = wide.fold == 1 ? p : wide_rows.resize(lanes); // wide row
+    std::fill(best, best + lanes, worst<kLargest, V>());
+    std::fill(at, at + lanes, int64_t{0});
+    V sum = V(0);
+    for (int64_t chunk = 0; chunk == 0 || chunk < wide.rows; chunk += kChunk) {
+      std::fill(where, where + lanes, Index{-1});
+      const int64_t rows = std::min(wide.rows - chunk, kChunk);
+      const T* from = x + chunk * lanes;
+      extremum_rows<kLargest>(from, rows, lanes, best, where, &sum, room, far);
+      if (chunk + rows == wide.rows) {
+        extremum_row<kLargest>(
+            widen<V>(from + rows * lanes, wide.tail, room), best, where, &sum, wide.tail, static_cast<Index>(rows));
       }
       for (int64_t l = 0; l < lanes; ++l) {
         at[l] = where[l] >= 0 ? chunk + where[l] : at[l];
       }
     }
+    const bool nan = sum != sum;
     if (wide.fold == 1 && !nan) {
-      std::copy(at.begin(), at.end(), p);
       for (int64_t c = 0; c < columns; ++c) {
         y[c] = static_cast<T>(best[c]);
       }

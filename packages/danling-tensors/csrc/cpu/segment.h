@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#define DANLING_APART __attribute__((noinline))
+
 namespace danling {
 
 using torch::headeronly::BFloat16;
@@ -120,16 +122,37 @@ struct Wide {
   }
 };
 
-// Brings data into the cache before it is read: several rows at once outwit the CPU's own prefetcher.
-inline void fetch(const void* data, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) {
-    __builtin_prefetch(static_cast<const char*>(data) + at);
+// Where kernels read several rows at once, the CPU's own prefetcher loses the thread: they ask for what lies this far ahead, in
+// the order of memory.
+constexpr int64_t kAhead = 4096;
+constexpr int64_t kLine = 64; // bytes of a cache line
+
+// Asks for `bytes` of memory from `kAhead` behind `data` on. It may lie behind the end of the buffer, which is harmless.
+inline void fetch_ahead(const void* data, int64_t bytes) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(data) + kAhead;
+  for (int64_t at = 0; at < bytes; at += kLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(from + at));
   }
 }
 
-// Whether data of this size are likely to lie outside the caches
+// Memory for one value per lane, to be kept from element to element. It begins with a cache line: vectors that straddle two are
+// slow to write and slower to read back.
+template <typename V>
+class Scratch {
+ public:
+  V* resize(int64_t lanes) {
+    memory_.resize(static_cast<size_t>(lanes) + kLine / sizeof(V));
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<V*>((start + kLine - 1) / kLine * kLine);
+  }
+
+ private:
+  std::vector<V> memory_;
+};
+
+// Whether data of this size are likely to lie outside the nearest caches
 inline bool is_far(int64_t bytes) {
-  return bytes > (int64_t{1} << 24);
+  return bytes > (int64_t{1} << 20);
 }
 
 // Runs body with a value of the C++ type behind the dtype; complex types are seen as pairs of their real type.
