@@ -94,12 +94,18 @@ def test_structured_outputs_and_unsized_loaders(tmp_path):
 def test_early_stop_and_its_summary(tmp_path):
     from danling.runners.atomic import read_json
 
-    with Tiny(tiny_config(tmp_path, epochs=50, patience=2, optim__lr=1e-12)) as runner:
+    config = tiny_config(tmp_path, epochs=50, patience=2, optim__lr=1e-12, auto_resume=True)
+    with Tiny(config) as runner:
         runner.train()
         assert runner.epoch < 50
         assert runner.epoch - runner.best_index == 2
+    with Tiny(config) as again:  # as a cluster script does
+        assert again.train().rows() == runner.results.rows() and again.epoch == runner.epoch
     summary = read_json(runner.dir / "summary.json")
     assert (summary["status"], summary["reason"]) == ("finished", "patience")
+    with Tiny({**config, "patience": 3}) as patient:
+        patient.train()
+        assert patient.epoch == runner.epoch + 1
 
 
 def test_the_average_of_the_weights_evaluates(tmp_path):

@@ -304,10 +304,11 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, 
             self._check_trainable(train_splits, evaluate_splits)
             self._loop = Loop(self, train_splits, evaluate_splits)
             self.agreed = (False, False)
-            if self._loop.complete and self.train_state.phase != "evaluate":
-                self.logger.info("nothing to train: the budget is used up (%s)", self._where())
+            used_up = "the budget is used up" if self._loop.complete else "patience has run out"
+            if (self._loop.complete or self.patience_exhausted) and self.train_state.phase != "evaluate":
+                self.logger.info("nothing to train: %s (%s)", used_up, self._where())
                 self.train_state.phase = "done"
-                self._outcome = ("finished", "budget already used")
+                self._outcome = ("finished", "budget already used" if self._loop.complete else "patience")
                 return self.results
             self._announce()
             self._training = True
