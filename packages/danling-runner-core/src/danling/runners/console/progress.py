@@ -15,8 +15,8 @@ SHOWN = ("loss", "lr", "grad_norm")
 class Progress:
     """A bar over the whole budget, and a second one beneath it while an evaluation runs.
 
-    `advance` is called after every update and costs one reading of the clock; the bar is drawn at most four times a
-    second. Neither ``sys.stdout`` nor ``sys.stderr`` is redirected. Without ``console`` nothing is drawn and every call
+    `advance` is called after every update and costs one reading of the clock; a loop that counts every microsecond may
+    call it from `due` on and once before anything else is shown. The bar is drawn at most four times a second. Neither ``sys.stdout`` nor ``sys.stderr`` is redirected. Without ``console`` nothing is drawn and every call
     is cheap.
 
     Args:
@@ -24,6 +24,9 @@ class Progress:
         total: updates in the whole budget, None if unknown.
         completed: updates already done by earlier attempts.
         epochs: epochs in the budget, None in step mode.
+
+    Attributes:
+        due: when it is drawn again, on the clock of `time.monotonic`.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class Progress:
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
         self._values = ""
-        self._due = 0.0 if console is not None else float("inf")
+        self.due = 0.0 if console is not None else float("inf")
         self._rate = _Rate(completed)
         self._step, self._epoch = completed, 0
         if console is not None:
@@ -56,7 +59,7 @@ class Progress:
     def advance(self, global_step: int, epoch: int) -> None:
         """Note that an update is done; draws if the last drawing is old enough."""
         self._step, self._epoch = global_step, epoch
-        if time.monotonic() >= self._due:
+        if time.monotonic() >= self.due:
             self._draw()
 
     def log(self, values: Mapping[str, Any]) -> None:
@@ -69,11 +72,11 @@ class Progress:
             self.end_evaluation()
             self._bars.update(self._tasks["train"], completed=self._step)
             self._tasks["evaluate"] = self._bars.add_task(f"  {split}", total=total, info="")
-            self._due = 0.0
+            self.due = 0.0
 
     def advance_evaluation(self, batches: int) -> None:
         """Note how many batches of the evaluation are done."""
-        if time.monotonic() >= self._due and "evaluate" in self._tasks:
+        if time.monotonic() >= self.due and "evaluate" in self._tasks:
             self._bars.update(self._tasks["evaluate"], completed=batches)
             self._draw()
 
@@ -92,7 +95,7 @@ class Progress:
         self._epoch = self._epoch if epoch is None else epoch
         self._draw()
         self._bars.stop()
-        self._bars, self._due = None, float("inf")
+        self._bars, self.due = None, float("inf")
 
     def _label(self) -> str:
         if self.epochs is None:
@@ -114,7 +117,7 @@ class Progress:
                 self._tasks["train"], description=self._label(), completed=self._step, info="  ".join(info)
             )
             self._bars.refresh()
-        self._due = now + REDRAW_SECONDS
+        self.due = now + REDRAW_SECONDS
 
 
 class _Rate:

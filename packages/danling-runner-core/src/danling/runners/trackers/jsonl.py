@@ -16,6 +16,7 @@ from ..problems import Problems
 FILE_NAME = "metrics.jsonl"
 _KEPT_BACK = 10_000
 _HELD_SECONDS = 0.25
+_PLAIN = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 class MetricsFile:
@@ -119,7 +120,7 @@ class MetricsFile:
 
 def _encoded(line: Mapping[str, Any]) -> bytes:
     try:
-        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+        text = _PLAIN(line)
     except (TypeError, ValueError):  # what is not plain, or not finite
         text = dump_json(line)
     return text.encode() + b"\n"

@@ -7,6 +7,7 @@ hooks below it stay the rule; this is the same sequence without the calls, and g
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -125,7 +126,7 @@ def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], boo
                 meter.update(loss.item(), weight)
                 state.samples += len(source)
                 feed.batches += 1
-                if bar is not None and applied:
+                if bar is not None and monotonic() >= bar.due:
                     bar.advance(state.global_step, state.epoch)
                 if feed.batches == feed.length:
                     feed.exhausted = True
@@ -134,6 +135,8 @@ def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], boo
                     break
         finally:
             feed.note_position()
+            if bar is not None:
+                bar.advance(state.global_step, state.epoch)
         if applied:
             state.skipped_in_a_row = 0
         else:

@@ -19,6 +19,11 @@ from .feed import Feed
 from .plain import is_plain, plain_updates
 from .weights import samples_in
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 _Host: Any = object  # part of TorchRunner: what is used here and not defined here is the runner's
 
 _NO_CONTEXT = nullcontext()
@@ -369,9 +374,7 @@ def memory_peaks(device: torch.device) -> dict[str, float]:
             "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
             "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
         }
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return {}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
