@@ -16,8 +16,8 @@ class Progress:
     """A bar over the whole budget, and a second one beneath it while an evaluation runs.
 
     `advance` is called after every update and costs one reading of the clock; a loop that counts every microsecond may
-    call it from `due` on and once before anything else is shown. The bar is drawn at most four times a second. Neither ``sys.stdout`` nor ``sys.stderr`` is redirected. Without ``console`` nothing is drawn and every call
-    is cheap.
+    call it from `due` on and once before anything else is shown. The bar is drawn at most four times a second. Neither
+    ``sys.stdout`` nor ``sys.stderr`` is redirected. Without ``console`` nothing is drawn and every call is cheap.
 
     Args:
         console: a ``rich.console.Console``, or None.
