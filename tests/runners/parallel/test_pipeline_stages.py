@@ -206,24 +206,37 @@ class Noisy(torch.utils.data.Dataset):
         return index + torch.rand(2), torch.rand(())
 
 
+class NoisyStream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([(index + torch.rand(2), torch.rand(())) for index in torch.randperm(6)])
+
+
+def mixed(samples):
+    x, y = torch.utils.data.default_collate(samples)
+    return x + torch.rand(()), y
+
+
+@pytest.mark.parametrize("data", [Noisy(), NoisyStream()], ids=["map-style", "iterable"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_whoever_reads_the_same_batch_augments_it_alike(workers):
+def test_whoever_reads_the_same_batch_augments_it_alike(workers, data):
     """In the process, whose generators stay as they are, as in workers."""
 
     def read(workers, seed):
         torch.manual_seed(seed)
         common = {"seed": 1, "train": True}
-        sampler = build_sampler(
-            Noisy(), "train", shuffle=True, drop_last=False, batch_size=2, data_rank=0, data_ranks=1, **common
-        )
-        loader = build_dataloader(
-            Noisy(), "train", {"num_workers": workers}, sampler, torch.utils.data.default_collate, shared=True, **common
-        )
+        sampler, options, collate = None, {"num_workers": workers, "batch_size": 2}, None
+        if isinstance(data, Noisy):
+            options.pop("batch_size")
+            collate = mixed
+            sampler = build_sampler(
+                data, "train", shuffle=True, drop_last=False, batch_size=2, data_rank=0, data_ranks=1, **common
+            )
+        loader = build_dataloader(data, "train", options, sampler, collate, shared=True, **common)
         batches = [torch.cat([x.flatten(), y]).tolist() for x, y in loader]
         return batches, torch.rand(1).item()
 
     batches, drawn = read(workers, seed=5)
-    again, other = read(0, seed=6)
+    again, other = read(workers if isinstance(data, NoisyStream) else 0, seed=6)  # each worker has its part of a stream
     torch.manual_seed(5)
     assert batches == again and len({tuple(batch) for batch in batches}) == 3
     assert drawn == torch.rand(1).item() != other

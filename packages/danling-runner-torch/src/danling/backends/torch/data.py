@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from danling.runners.errors import ConfigError, ResumeError
 
 from .sampler import StatefulSampler
-from .workers import SeededDataset, derive_seed, garbage_stays_here, seed_everything, stop_at_exit, worker_starter
+from .workers import SeededDataset, derive_seed, garbage_stays_here, seeded, stop_at_exit, worker_starter
 
 
 def is_map_style(dataset: Any) -> bool:
@@ -57,6 +59,18 @@ class SplitLoader(StatefulDataLoader):
             if isinstance(sampler, StatefulSampler):
                 return sampler
         return None
+
+    def load(self, batch: int) -> Any:
+        """Load one batch of map-style data in this process, with the random numbers that a worker would have drawn.
+
+        Args:
+            batch: its number, from 0, in the iteration from the current position of the sampler.
+        """
+        sampler, dataset = self.stateful_sampler, self.dataset
+        place = next(islice(iter(sampler), batch, None))  # type: ignore[arg-type]
+        with dataset.in_this_process() if isinstance(dataset, SeededDataset) else nullcontext():
+            data = dataset[place] if sampler is self.sampler else dataset.__getitems__(place)
+        return self.collate_fn(data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the batches handed out so far."""
@@ -102,10 +116,13 @@ class IterableShard(IterableDataset):
         split: name of the split.
         rank: which part is ours.
         stride: keep every `stride`-th item, beginning with the `rank`-th; 1 keeps all.
+        shared: other processes read the same items: those of the main process are drawn from seeds too.
     """
 
-    def __init__(self, dataset: Any, *, seed: int, split: str, rank: int, stride: int = 1) -> None:
-        self.dataset = dataset
+    def __init__(
+        self, dataset: Any, *, seed: int, split: str, rank: int, stride: int = 1, shared: bool = False
+    ) -> None:
+        self.dataset, self.shared = dataset, shared
         self.seed, self.split, self.rank, self.stride = seed, split, rank, stride
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
 
@@ -129,12 +146,15 @@ class IterableShard(IterableDataset):
 
 
 class ShardIterator:
-    """One pass over an `IterableShard`; in a worker, generators are seeded before each item."""
+    """One pass over an `IterableShard`; in a worker, or where others read the same, each item is drawn from a seed."""
 
     def __init__(self, shard: IterableShard) -> None:
         self.shard = shard
         worker = get_worker_info()
-        self._seeded = None if worker is None else (shard.seed, shard.split, shard.epoch, shard.rank, worker.id)
+        self._in_worker = worker is not None
+        number = -1 if worker is None else worker.id
+        seeds = self._in_worker or shard.shared
+        self._key = (shard.seed, shard.split, shard.epoch, shard.rank, number) if seeds else None
         self.items = 0
         self.ended = False
         self._iterator: Any = None
@@ -145,20 +165,25 @@ class ShardIterator:
     def __next__(self) -> Any:
         if self.ended:
             raise StopIteration
-        if self._iterator is None:
-            self._iterator = iter(self.shard.dataset)
         stride, rank = self.shard.stride, self.shard.rank
         while True:
-            if self._seeded is not None:
-                seed_everything(derive_seed(*self._seeded, self.items))
             try:
-                item = next(self._iterator)
+                if self._key is None:
+                    item = self._fetch()
+                else:
+                    with seeded(derive_seed(*self._key, self.items), put_back=not self._in_worker):
+                        item = self._fetch()
             except StopIteration:
                 self.ended = True
                 raise
             self.items += 1
             if stride == 1 or (self.items - 1) % stride == rank:
                 return item
+
+    def _fetch(self) -> Any:
+        if self._iterator is None:
+            self._iterator = iter(self.shard.dataset)
+        return next(self._iterator)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the items passed, and what the dataset and its iterator say about their position."""
@@ -195,7 +220,18 @@ def _has_state(part: Any) -> bool:
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
 
 
-def shard_iterable(dataset: Any, split: str, mode: str, *, seed: int, rank: int, ranks: int) -> IterableShard:
+def as_it_is(batch: Any) -> Any:
+    """Return a batch that is made already.
+
+    >>> as_it_is([1, 2])
+    [1, 2]
+    """
+    return batch
+
+
+def shard_iterable(
+    dataset: Any, split: str, mode: str, *, seed: int, rank: int, ranks: int, shared: bool = False
+) -> IterableShard:
     """Return this rank's part of an iterable dataset.
 
     Args:
@@ -205,6 +241,7 @@ def shard_iterable(dataset: Any, split: str, mode: str, *, seed: int, rank: int,
         seed: seed of the run.
         rank: this data rank.
         ranks: number of data ranks.
+        shared: other processes read the same items.
 
     Raises:
         ConfigError: several ranks, `auto`, and a dataset without `shard(num_shards, index)`.
@@ -220,7 +257,7 @@ def shard_iterable(dataset: Any, split: str, mode: str, *, seed: int, rank: int,
                 "'none' (the dataset divides itself)"
             )
         dataset = dataset.shard(ranks, rank)
-    return IterableShard(dataset, seed=seed, split=split, rank=rank, stride=stride)
+    return IterableShard(dataset, seed=seed, split=split, rank=rank, stride=stride, shared=shared)
 
 
 def build_dataloader(
@@ -250,7 +287,8 @@ def build_dataloader(
         device: where batches go; an accelerator makes page-locked memory the default.
         ranks: number of data ranks.
         train: whether this is a train split, for the default of `drop_last` of iterable data.
-        shared: other processes read the same batches: random augmentation of map-style data is the same in all.
+        shared: other processes read the same batches: random augmentation is the same in all, in items of
+            iterable data, and of map-style data in `collate_fn` too.
 
     Raises:
         ConfigError: for data that is neither map-style nor iterable, or that cannot be divided over the ranks.
@@ -271,10 +309,15 @@ def build_dataloader(
     if batch_size is not None:
         arguments["collate_fn"] = collate_fn
     if sampler is not None:
-        data = SeededDataset(dataset, seed, split, rank, in_process=shared) if workers or shared else dataset
+        data = dataset
+        if workers or shared:
+            collate = None
+            if batch_size is not None:
+                collate, arguments["collate_fn"] = collate_fn or default_collate, as_it_is
+            data = SeededDataset(dataset, seed, split, rank, in_process=shared, collate=collate)
         arguments |= {"batch_sampler": sampler} if batch_size is not None else {"batch_size": None, "sampler": sampler}
     elif hasattr(dataset, "__iter__") and not is_map_style(dataset):
-        data = shard_iterable(dataset, split, option("shard", "auto"), seed=seed, rank=rank, ranks=ranks)
+        data = shard_iterable(dataset, split, option("shard", "auto"), seed=seed, rank=rank, ranks=ranks, shared=shared)
         drop_last = option("drop_last")
         drop_last = train if drop_last is None else drop_last
         arguments |= {"batch_size": batch_size, "drop_last": drop_last and batch_size is not None}

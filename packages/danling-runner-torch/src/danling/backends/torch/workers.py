@@ -64,12 +64,16 @@ class SeededDataset(Dataset):
     The seed depends on (seed, split, epoch, rank, position of the batch in the epoch): random augmentation is the same
     after a resume in the middle of an epoch and with any number of workers. In the main process, whose generators a
     checkpoint holds, nothing is seeded, unless several processes read the same batches (`in_process`): then its
-    generators are put back afterwards. All attributes are those of the dataset inside.
+    generators are put back afterwards. With `collate` batches are made here, from the same random numbers. All other
+    attributes are those of the dataset inside.
     """
 
-    def __init__(self, dataset: Any, seed: int, split: str, rank: int, *, in_process: bool = False) -> None:
+    def __init__(
+        self, dataset: Any, seed: int, split: str, rank: int, *, in_process: bool = False, collate: Any = None
+    ) -> None:
         self.dataset = dataset
         self._in_process = in_process
+        self._collate = collate
         self._key = (seed, split)
         self._rank = rank
 
@@ -80,10 +84,20 @@ class SeededDataset(Dataset):
         with self._seeded(index):
             return self.dataset[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
+    def __getitems__(self, indices: Sequence[int]) -> Any:
         with self._seeded(indices):
             fetch = getattr(self.dataset, "__getitems__", None)
-            return fetch(list(indices)) if fetch else [self.dataset[index] for index in indices]
+            samples = fetch(list(indices)) if fetch else [self.dataset[index] for index in indices]
+            return samples if self._collate is None else self._collate(samples)
+
+    @contextmanager
+    def in_this_process(self) -> Iterator[None]:
+        """A context in which this process loads what a worker would have, from the same random numbers."""
+        before, self._in_process = self._in_process, True
+        try:
+            yield
+        finally:
+            self._in_process = before
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset" or name.startswith("__"):
@@ -95,11 +109,12 @@ class SeededDataset(Dataset):
         if not (in_worker or self._in_process) or not hasattr(place, "position"):
             return _AS_IT_IS
         seed = derive_seed(*self._key, place.epoch, self._rank, place.position)
-        return _seeded(seed, put_back=not in_worker)
+        return seeded(seed, put_back=not in_worker)
 
 
 @contextmanager
-def _seeded(seed: int, *, put_back: bool) -> Iterator[None]:
+def seeded(seed: int, *, put_back: bool) -> Iterator[None]:
+    """Draw random numbers from a seed; `put_back` leaves the generators of the process as they were."""
     host = torch.device("cpu")
     state = capture_rng(host) if put_back else None
     seed_everything(seed)

@@ -147,12 +147,7 @@ class _GatherParts(torch.autograd.Function):
         return _scattered(grads[0], ctx.axis, ctx.dim), None, None
 
 
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _gathered(tensor, axis, dim)
-
+class _Join(_GatherParts):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return _part(grads[0], ctx.axis, ctx.dim), None, None
