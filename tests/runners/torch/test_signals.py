@@ -31,6 +31,7 @@ def test_a_signal_saves_closes_and_ends(tmp_path, number, error, code):
     assert signal.getsignal(number) == before
     summary = read_json(runner.dir / "summary.json")
     assert summary["status"] == "interrupted" and summary["reason"] == signal.Signals(number).name
+    assert summary["exit_code"] == (130 if code is None else code)
     assert (runner.checkpoint_dir / "step-8" / "manifest.json").exists()
     with Tiny(tiny_config(tmp_path / "straight")) as straight:
         straight.train()

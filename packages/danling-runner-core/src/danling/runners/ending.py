@@ -83,7 +83,7 @@ class Ending(_Host):
         state = self.train_state
         store = self.__dict__.get("_store")
         results = self.__dict__.get("results")
-        codes = {"failed": 1, "finished": 0, "stopped": 0}
+        codes = {"failed": 1, "finished": 0, "stopped": 0, "interrupted": 130}  # 130: as shells tell of Ctrl-C
         stop = self.supervisor.exit_error()
         self.summary.write(
             status,
