@@ -11,6 +11,8 @@ from support.ranks import run_ranks
 
 SCRIPT = """
 import json, os, signal, sys, traceback
+from contextlib import contextmanager
+from itertools import islice
 sys.path.insert(0, {tests!r})
 import torch
 import torch.distributed as dist
@@ -101,6 +103,63 @@ def no_data_on_one_rank():
     with uneven([0, 2])(tiny_config(root + "/empty", epochs=1)) as runner:
         runner.train()
 
+WORKERS = {{"dataloader__num_workers": 1, "tiny__augment": True, "tiny__val": 0, "epochs": 2}}
+
+@scenario
+def straight_with_workers():
+    with Tiny(tiny_config(root + "/workers", **WORKERS)) as runner:
+        runner.train()
+        return [runner.losses, final_state(runner)]
+
+@scenario
+def workers_lost_with_a_stop_pending():
+    class Losing(Tiny):
+        @contextmanager
+        def open_pass(self, split):
+            with super().open_pass(split) as feed:
+                if rank == 1 and not self.global_step:
+                    feed.iterator = self.lose(feed.iterator)
+                yield feed
+
+        def lose(self, batches):
+            yield from islice(batches, 2)
+            self.request_stop()
+            raise ConnectionError("the worker is gone")
+
+    config = tiny_config(root + "/lost", auto_resume=True, **WORKERS)
+    with Losing(config) as runner:
+        runner.train()
+    with Tiny(config) as again:
+        again.train()
+    return [runner.global_step, runner.losses + again.losses, final_state(again)]
+
+def told(cls, folder):
+    class Told(cls):
+        def send_header(self, **facts):
+            order.append("send")
+            super().send_header(**facts)
+
+        def receive_header(self):
+            order.append("receive")
+            return super().receive_header()
+
+        def forward(self, model, data):
+            order.append("forward")
+            return super().forward(model, data)
+
+    order = []
+    with Told(tiny_config(root + folder, epochs=1, tiny__val=0)) as runner:
+        runner.train()
+    return " ".join(order)
+
+@scenario
+def when_ranks_meet():
+    return told(Tiny, "/told")
+
+@scenario
+def when_ranks_of_unequal_data_meet():
+    return told(uneven([1, 2]), "/told_uneven")
+
 @scenario
 def somebody_elses_group():
     dist.init_process_group("gloo", store=dist.FileStore(root + "/store", 2), rank=rank, world_size=2)
@@ -163,6 +222,22 @@ def test_uneven_data_keeps_ranks_in_step_and_counts_each_sample_once(found):
     first, second = both(found, "uneven_data")
     assert first == second
     assert first[:2] == [8, 24]
+
+
+def test_a_window_that_a_rank_has_lost_its_workers_for_is_trained_to_the_same_bits(found):
+    straight = both(found, "straight_with_workers")
+    for (step, losses, state), (all_losses, end) in zip(
+        both(found, "workers_lost_with_a_stop_pending"), straight, strict=True
+    ):
+        assert step == 3
+        assert losses == all_losses
+        assert state == end
+
+
+def test_what_ranks_tell_each_other_is_on_its_way_during_the_forward_pass(found):
+    first, later = " send receive forward", " send forward receive"
+    assert [rank["when_ranks_meet"] for rank in found] == [(first + 2 * later).strip()] * 2
+    assert [rank["when_ranks_of_unequal_data_meet"] for rank in found] == [(2 * first).strip()] * 2
 
 
 def test_a_rank_without_data_is_named(found):

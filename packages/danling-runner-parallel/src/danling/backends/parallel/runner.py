@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from danling.backends.torch import TorchRunner
 from danling.backends.torch.averaging import ShardedEMA
 from danling.backends.torch.compiling import compile_model, load_artifacts, save_artifacts
-from danling.backends.torch.distributed import WindowHeader
 from danling.backends.torch.fp8 import convert_to_fp8
 from danling.backends.torch.local import Buffers, broadcast_state
 from danling.backends.torch.payload import clean_name
@@ -341,11 +340,11 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
             self.weigh = lambda batch: rule(self.shard_context(batch))
             self.weigh_evaluation = lambda batch: rule_of_evaluation(self.shard_context(batch))
 
-    def exchange_header(self, *, weight: float = 0.0, samples: int = 0, tokens: int = 0, **flags: Any) -> WindowHeader:
-        """Tell all ranks about the window in hand: every part of the data once, requests of every rank."""
+    def send_header(self, *, weight: float = 0.0, samples: int = 0, tokens: int = 0, **flags: Any) -> None:
+        """Begin to tell all ranks about the window in hand: every part of the data once, requests of every rank."""
         counts_loss, counts_data = self._counts
         flags["never"] = flags.get("never", False) and counts_data
-        return super().exchange_header(
+        super().send_header(
             weight=weight * counts_loss, samples=samples * counts_data, tokens=tokens * counts_data, **flags
         )
 

@@ -69,6 +69,27 @@ class Header:
         self._tensors = [self._values]
         # Once per window: the group itself is asked, which costs half of what `dist.all_reduce` does.
         self._group = group or (dist.group.WORLD if dist.is_initialized() else None)
+        self._work: Any = None  # under way
+
+    def send(self, values: Sequence[float]) -> None:
+        """Begin to sum: `receive` has the result.
+
+        Args:
+            values: the numbers of this rank.
+        """
+        if self._work is not None:  # nobody has asked for the sums, because of an error
+            self.receive()
+        self._array[:] = values
+        if self._group is not None:
+            self._work = self._group.allreduce(self._tensors)
+
+    def receive(self) -> list[float]:
+        """Wait for the sums over ranks of what was sent."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
+        sums: list[float] = self._array.tolist()
+        return sums
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums over ranks.
@@ -76,8 +97,5 @@ class Header:
         Args:
             values: the numbers of this rank.
         """
-        self._array[:] = values
-        if self._group is not None:
-            self._group.allreduce(self._tensors).wait()
-        sums: list[float] = self._array.tolist()
-        return sums
+        self.send(values)
+        return self.receive()

@@ -218,7 +218,17 @@ class Distributed(_Host):
         dist.all_reduce(table, group=self._control)
         return table[:, :-1].sum(0).tolist(), table[:, -1].max().item()
 
-    def exchange_header(
+    def exchange_header(self, **facts: Any) -> WindowHeader:
+        """Tell all ranks about the window in hand and about requests on this rank; the one collective of a window.
+
+        Args:
+            facts: see `send_header`.
+        """
+        self.window.settle()
+        self.send_header(**facts)
+        return self.receive_header()
+
+    def send_header(
         self,
         *,
         weight: float = 0.0,
@@ -228,23 +238,37 @@ class Distributed(_Host):
         left: bool = False,
         never: bool = False,
         abort: bool = False,
-    ) -> WindowHeader:
-        """Tell all ranks about the window in hand and about requests on this rank; the one collective of a window."""
+    ) -> None:
+        """Begin to exchange what ranks know of a window, and requests; `receive_header` has the result.
+
+        Args:
+            weight: sum of the weights.
+            samples: in the window.
+            tokens: in the window.
+            present: there is a micro-batch here.
+            left: there is data beyond this window.
+            never: there has been no batch in this epoch at all.
+            abort: the window cannot be run, because of a stop.
+        """
         supervisor = self.supervisor
         stop = supervisor.stop
         # fmt: off
-        sums = self._header.sum((
+        self._header.send((
             weight, samples, tokens, present, left, never, self.rank if never else 0, abort,
             stop == Stop.REQUEST, stop == Stop.SIGINT, stop == Stop.SIGTERM, supervisor.save_requested,
         ))
         # fmt: on
+
+    def receive_header(self) -> WindowHeader:
+        """Wait for the header that was sent last, and take over the requests in it."""
+        sums = self._header.receive()
         if sums[5:] == _NOTHING_ASKED:
             self.agreed = (False, False)
             return WindowHeader(sums[0], int(sums[1]), int(sums[2]), int(sums[3]), sums[4] > 0)
         save = sums[11] > 0
         stop = max((level for level, count in zip(_LEVELS, sums[8:11], strict=True) if count), default=Stop.NONE)
         if stop or save:
-            supervisor.agree(stop, save)
+            self.supervisor.agree(stop, save)
         self.agreed = bool(stop), save
         never_rank = int(sums[6]) if sums[5] == 1 else -1
         return WindowHeader(

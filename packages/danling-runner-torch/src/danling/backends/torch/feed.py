@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from danling.runners.crash import crash_point
 
+from .data import SplitLoader
 from .rng import capture_rng, restore_rng
 from .weights import measure
 from .window import Window
@@ -49,6 +50,8 @@ class Feed:
         self.window = runner.window
         self.exhausted = self.interrupted = False
         self._meets = runner.distributed or runner.ft is not None  # whether others train on the same window
+        # Whether a window that other ranks have begun can be completed here, whatever happens to workers.
+        self._completes = self._meets and runner.ft is None and _is_in_reach(self.loader)
         self._weigh = runner.weigh
         self._state = runner.train_state
         self._position = self._state.positions.setdefault(split, {"samples": 0})
@@ -93,8 +96,7 @@ class Feed:
         try:
             batches = self._take()
         except WORKER_LOST as error:
-            self.excuse(error)
-            batches = []
+            batches = self._retake(error)
         if self._first or self.interrupted:
             self._first = False
             if not self._meets and (self.interrupted or self.runner.supervisor.stop):
@@ -183,15 +185,20 @@ class Feed:
         if weights:
             self._sums = weights[0] is None
         first = self._rng is not None
-        header = runner.window_header(
-            weight=0.0 if self._sums else float(sum(map(_number, weights))),
-            samples=samples,
-            tokens=int(_number(tokens)),
-            present=bool(batches),
-            left=not self.exhausted,
-            never=not batches and self._last_batch is _END and self._start == 0 and self.batches == 0,
-            abort=self.interrupted,
-        )
+        facts: dict[str, Any] = {
+            "weight": 0.0 if self._sums else float(sum(map(_number, weights))),
+            "samples": samples,
+            "tokens": int(_number(tokens)),
+            "present": bool(batches),
+            "left": not self.exhausted,
+            "never": not batches and self._last_batch is _END and self._start == 0 and self.batches == 0,
+            "abort": self.interrupted,
+        }
+        if self._completes and not first and real == self.accum_steps:
+            runner.send_header(**facts)  # on its way during the forward pass
+            self._last_batch = batches[-1]
+            return window.open(batches, weights, awaited=self._receive)
+        header = runner.window_header(**facts)
         if header.abort or (first and header.stop):
             self._interrupt()
             return None
@@ -224,6 +231,29 @@ class Feed:
         window.samples, window.tokens = header.samples, header.tokens
         return window
 
+    def _receive(self) -> None:
+        """Take in the header of the window in hand."""
+        runner, window = self.runner, self.window
+        header = runner.receive_header()
+        self.exhausted = not header.left
+        window.weigh(None if self._sums else header.weight, runner.loss_degree)
+        window.samples, window.tokens = header.samples, header.tokens
+
+    def _retake(self, error: Exception) -> list[Any]:
+        """What to train on after workers were lost: nothing before the first window, else what they would have brought."""
+        if not self._completes or self._first or self._rng is not None:
+            self.excuse(error)
+            return []
+        if not self.loader.num_workers:
+            raise error
+        self.excuse(error)
+        self.interrupted = False
+        left = self.accum_steps if self.length is None else min(self.accum_steps, self.length - self.batches)
+        batches = [self.loader.load(self.batches + index) for index in range(left)]
+        self.batches += left
+        self.exhausted = self.batches == self.length
+        return batches
+
     def _left_empty(self, batches: list[Any]) -> int:
         """Micro-batches at the end that the sampler made up because there was no sample left for this rank."""
         assert self.sampler is not None
@@ -232,6 +262,7 @@ class Feed:
     def advance(self) -> None:
         """Count the window in hand as consumed."""
         state, window = self._state, self.window
+        window.settle()
         state.samples += window.samples
         state.tokens += window.tokens
         self.note_position()
@@ -242,6 +273,13 @@ class Feed:
             self._position["samples"] = self.sampler.consumed_after(self._start, self.batches)
         else:
             self._position["samples"] = self._start + self.batches
+
+
+def _is_in_reach(loader: Any) -> bool:
+    """Whether this process itself can load the next batch of a loader."""
+    if isinstance(loader, SplitLoader) and loader.stateful_sampler is not None:
+        return True
+    return getattr(loader, "num_workers", None) == 0
 
 
 def exact_length(loader: Any) -> int | None:

@@ -158,6 +158,8 @@ class Training(_Host):
         """
         self.check_loss(loss)
         window = self.window
+        if window.awaited is not None:
+            window.settle()
         index = window.index
         try:
             weight, factors = window.weights[index], window.factors
@@ -211,6 +213,8 @@ class Training(_Host):
         if self._mode is not RunnerMode.TRAIN:
             raise RuntimeError(f"step() belongs to training; the runner is in mode {self._mode}")
         window, state = self.window, self.state.train
+        if window.awaited is not None:
+            window.settle()
         state.micro_step += 1
         window.index += 1
         if window.index < len(window.batches):
