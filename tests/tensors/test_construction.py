@@ -4,10 +4,11 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from danling.tensors import Layout, NestedTensor
+from danling.tensors import Layout, NestedTensor, PNTensor
 
 A, B = torch.arange(6.0).view(3, 2), torch.arange(2.0).view(1, 2)
 
@@ -199,6 +200,84 @@ def test_numbers_truth_and_refusals():
     with pytest.raises(ValueError, match="padded positions"):
         torch.take(x, torch.tensor([0]))
     assert hash(x) == hash(x) and (x == x).concat.all()
+
+
+def test_plain_values_whatever_is_wrapped():
+    marked = NestedTensor.from_lengths(PNTensor([1.0, 2.0, 3.0]), [1, 2])
+    assert type(marked.concat) is torch.Tensor
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    x = NestedTensor.from_lengths(weight, [1, 2])
+    assert type(x.concat) is torch.Tensor and x.concat.data_ptr() == weight.data_ptr()
+    x.sum().backward()
+    torch.testing.assert_close(weight.grad, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("lengths", [np.array([1, 2], dtype=np.int32), (i for i in (1, 2)), [np.int64(1), 2], (1, 2)])
+def test_lengths_of_any_integer_kind(lengths):
+    assert NestedTensor.from_lengths(torch.arange(3), lengths).tolist() == [[0], [1, 2]]
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    x = NestedTensor([1, 2], [3], padding_value=np.int64(-1), ragged_dims=np.int64(0))
+    assert type(x.padding_value) is int and x.ragged_dims == (0,)
+    with pytest.raises(TypeError, match="NestedTensor"):
+        x + np.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NestedTensor(torch.eye(2).to_sparse(), torch.eye(2).to_sparse()), "sparse_coo"),
+        (lambda: NestedTensor([A], dtype="float32"), "torch.dtype"),
+        (lambda: NestedTensor.from_lengths([1.0, 2.0], [1, 1]), "values must be a dense tensor, got list"),
+        (lambda: NestedTensor.from_lengths(A, None), "NoneType"),
+        (lambda: NestedTensor.from_lengths(A, 3), "int"),
+        (lambda: NestedTensor.from_padded(NestedTensor(A), [1]), "padded must be a dense tensor"),
+        (lambda: NestedTensor.from_offsets([1], [0, 1]), "values must be a dense tensor"),
+        (lambda: NestedTensor.from_tensor_mask(A, None), "mask must be"),
+        (lambda: NestedTensor.from_concatenated(A, 3), "list of shapes"),
+        (lambda: NestedTensor(A).nested_like([1, 2]), "dense tensor, got list"),
+    ],
+)
+def test_wrong_kinds_of_data(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_call_that_reaches_a_dense_tensor_first():
+    x, dense = NestedTensor(A, B), torch.zeros(2, 3, 2)
+    index = torch.zeros_like(x, dtype=torch.int64)
+    for call in (
+        lambda: torch.gather(dense, 1, index),
+        lambda: dense.scatter(1, index, x),
+        lambda: torch.nn.functional.layer_norm(dense, (2,), weight=x),
+    ):
+        with pytest.raises(TypeError, match=r"shape \(2, 3, 2\) \(argument 1\).*nested_like"):
+            call()
+    for call in (lambda: torch.nn.functional.embedding(index, x), lambda: torch.as_strided(x, (1,), (1,))):
+        with pytest.raises((TypeError, RuntimeError), match="dense"):
+            call()
+
+
+def test_format_and_names():
+    one = NestedTensor([1.5])
+    assert f"{one:.2f}" == "1.50" and f"{one}" == str(one)
+    with pytest.raises(TypeError, match="8 values"):
+        format(NestedTensor(A, B), ".2f")
+    assert {"concat", "occupancy", "sum"} <= set(dir(one))
+    with pytest.raises(IndexError, match=r"range of \[-3, 2\]"):
+        NestedTensor(A, B).size(3)
+
+
+def test_repr_is_short_and_whole():
+    assert repr(NestedTensor.from_lengths(torch.empty(0, 4), [])) == (
+        "NestedTensor([], shape=(0, 0, 4), dtype=torch.float32, device='cpu', ragged_dims=(0,))"
+    )
+    assert repr(torch.nn.Parameter(NestedTensor(A, B))).startswith("Parameter containing:\nNestedTensor([")
+    assert "batch_first=False" in repr(NestedTensor(A, B, batch_first=False))
+    large = repr(NestedTensor([torch.zeros(300, 3), torch.zeros(200, 3)]))
+    assert "..." in large and len(large.splitlines()) < 30
+    assert "..." not in repr(NestedTensor([torch.zeros(30, 3), torch.zeros(20, 3)]))
 
 
 def test_repr_names_what_matters():

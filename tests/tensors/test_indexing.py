@@ -1,5 +1,6 @@
 """Reading and writing by index: the container view, errors, and assignments that change sizes."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,6 +129,49 @@ def test_failed_assignments_leave_everything_as_it_was(write, error):
     with pytest.raises(error):
         write(x)
     assert torch.equal(x.concat, before) and x.structure is structure
+
+
+def test_indices_of_python_numpy_and_torch_agree():
+    x = batch()
+    assert x[...] is x or torch.equal(x[...], x)
+    assert torch.equal(x[np.int64(1)], x[1]) and torch.equal(x[torch.tensor(-1)], x[2])
+    assert torch.equal(x[np.array([2, 0])], x[[2, 0]]) and torch.equal(x[x.mask.numpy()], x[x.mask])
+    assert torch.equal(x[torch.tensor([1, 0, 1], dtype=torch.uint8)], x[[True, False, True]])
+    for index in ("a", 1.0, {0}, np.bool_(True)):
+        with pytest.raises(TypeError, match="an index is made of"):
+            x[index]
+
+
+def test_two_lists_are_pairs_as_in_torch():
+    x = batch()
+    dense = x.tensor
+    for b, t, *rest in ([[0, 2], [1, 4]], [[0, 2], [1, 4], [3, 0]], [[2, 0], 1, [0, 1]], [[2, 0], [[0], [1]]]):
+        torch.testing.assert_close(x[(b, t, *rest)], dense[(b, t, *rest)])
+    torch.testing.assert_close(x[[True, False, True], [1, 4]], dense[[True, False, True], [1, 4]])
+    x[[0, 2], [1, 4]] = 7.0
+    assert x[0][1].eq(7).all() and x[2][4].eq(7).all() and x.concat.eq(7).sum() == 8
+    with pytest.raises(IndexError, match="choose the elements first"):
+        x[[0, 1], :, [0, 1]]
+    with pytest.raises(IndexError, match="beyond element 1"):
+        x[[0, 1], [0, 3]]
+
+
+def test_one_value_for_each_chosen_one():
+    x = batch()
+    mask, count = x > 0, int((x > 0).sum())
+    expected = x.concat.clone()
+    expected[expected > 0] = torch.arange(float(count))
+    x[mask] = torch.arange(float(count))
+    torch.testing.assert_close(x.concat, expected)
+
+
+def test_a_parameter_that_is_given_other_sizes_stays_one():
+    weight = torch.nn.Parameter(batch())
+    with torch.no_grad():
+        weight[0] = torch.ones(9, 4)
+    assert weight.is_leaf and weight.requires_grad and isinstance(weight, torch.nn.Parameter)
+    weight.sum().backward()
+    assert weight.grad.structure == weight.structure
 
 
 def test_a_leaf_refuses():

@@ -17,7 +17,7 @@ CASES = [
 ]
 
 
-OTHER_DEVICES = {"cuda", "xpu", "pin_memory"}
+OTHER_DEVICES = {"cuda", "xpu", "pin_memory", "record_stream"}
 
 
 def test_every_op_has_a_sample():

@@ -65,6 +65,37 @@ SAMPLES = {
     "get_device": [
         Sample(lambda d, x: x.get_device(), layouts=FULL, dtypes=FP32, grad=False, reference=lambda d, es: -1)
     ],
+    "numel": [
+        Sample(
+            lambda d, x: torch.numel(x),
+            layouts=FULL,
+            dtypes=INTS,
+            grad=False,
+            reference=lambda d, es: sum(e.numel() for e in es),
+        )
+    ],
+    "dim_order": [
+        Sample(
+            lambda d, x: list(x.dim_order()),
+            layouts=FULL,
+            dtypes=FP32,
+            grad=False,
+            reference=lambda d, es: list(range(es[0].dim() + 1)),
+        )
+    ],
+    **{
+        name: [
+            Sample(
+                lambda d, x, n=name: getattr(torch, n)(x > 0),
+                layouts=FULL,
+                dtypes=FP32,
+                grad=False,
+                reference=lambda d, es, n=name: getattr(torch, n)(torch.cat([e.flatten() for e in es]) > 0),
+            )
+        ]
+        for name in ("_is_all_true", "_is_any_true")
+    },
+    "module_load": [Sample(lambda d, x, y: x.clone().module_load(y), ("normal", "normal"), dtypes=FP32, grad=False)],
     "result_type": [
         Sample(
             lambda d, x: torch.result_type(x, 1.5),
@@ -112,6 +143,11 @@ SAMPLES = {
         for name, args in {"new_empty": ((2, 3),), "new_empty_strided": ((2, 3), (3, 1))}.items()
     },
     "bernoulli": [Sample(lambda d, x: torch.bernoulli(x) > 1, ("unit",), dtypes=FP32, grad=False)],
+    "normal": [
+        Sample(lambda d, x: torch.normal(x, torch.zeros_like(x)), dtypes=FP32, grad=False),
+        Sample(lambda d, x: torch.normal(0.0, x) > 1e9, ("positive",), dtypes=FP32, grad=False),
+    ],
+    "_standard_gamma": [Sample(lambda d, x: torch._standard_gamma(x) < 0, ("positive",), dtypes=FP32, grad=False)],
     "poisson": [Sample(lambda d, x: torch.poisson(x) < 0, ("positive",), dtypes=FP32, grad=False)],
     "binomial": [
         Sample(

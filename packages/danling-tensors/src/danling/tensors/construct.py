@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from operator import attrgetter
 from typing import Any
 
@@ -49,13 +50,14 @@ def check_ragged(ragged_dims: Any, rank: int) -> tuple[int, ...] | None:
     """
     if ragged_dims is None:
         return None
-    dims = (ragged_dims,) if isinstance(ragged_dims, int) else ragged_dims
+    dims = (ragged_dims,) if isinstance(ragged_dims, Integral) else ragged_dims
     if isinstance(dims, (str, bytes)) or not isinstance(dims, Iterable):
         raise TypeError(f"ragged_dims must be an int or ints, got {type(ragged_dims).__name__}")
     out = []
     for d in dims:
-        if isinstance(d, bool) or not isinstance(d, int):
+        if isinstance(d, bool) or not isinstance(d, Integral):
             raise TypeError(f"ragged_dims must be ints, got {type(d).__name__}")
+        d = int(d)
         if not -rank <= d < rank:
             raise ValueError(f"ragged dim {d} is out of range for elements of rank {rank}")
         out.append(d % rank)
@@ -92,6 +94,10 @@ def _element(item: Any) -> Tensor:
     if isinstance(item, NestedTensor):
         raise TypeError("a NestedTensor cannot be an element of another one; use torch.cat to join batches")
     if isinstance(item, Tensor):
+        if item.is_nested:
+            raise TypeError("torch.nested tensors go through NestedTensor.from_torch_nested")
+        if item.layout != torch.strided:
+            raise TypeError(f"an element must be a dense tensor, got one of layout {item.layout}; use its to_dense()")
         kind = type(item)
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # e.g. FakeTensor: plain as far as torch goes
             return item
@@ -114,6 +120,8 @@ def _sequences(elements: Sequence[Tensor], batch_first: bool) -> tuple[Tensor, L
         values = torch.cat(elements)  # type: ignore[arg-type]
     except (RuntimeError, TypeError):
         return None
+    if values.layout is not torch.strided:
+        raise TypeError(f"an element must be a dense tensor, got one of layout {values.layout}; use its to_dense()")
     return values, Layout.from_lengths(lengths, tuple(values.shape[1:]), 0, batch_first)
 
 
@@ -142,6 +150,8 @@ def build(
         packed = _sequences(elements, batch_first)
         if packed is not None:
             return _finish(*packed, flags, None, None, requires_grad, pin_memory)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
     if not elements:
         ragged = check_ragged(ragged_dims, 1 if ragged_dims not in (None, ()) else 0) or ()
         layout = Layout(Segments(torch.empty(0, len(ragged), dtype=torch.int64, device="cpu")), ragged, (), batch_first)
@@ -232,18 +242,19 @@ def _settings(ctor: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(lengths: Any) -> Tensor:
-    if isinstance(lengths, NestedTensor):
-        raise TypeError("lengths must be a list or an int tensor, got a NestedTensor")
-    if isinstance(lengths, Tensor):
-        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-        sizes = lengths.detach().to("cpu", torch.int64)
-    else:
-        sizes = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+    if isinstance(lengths, (NestedTensor, str, bytes)) or not (
+        isinstance(lengths, (Tensor, Iterable)) or hasattr(lengths, "__array_interface__")
+    ):
+        raise TypeError(f"lengths must be a list of ints or an int tensor, got {type(lengths).__name__}")
+    sizes = lengths
+    if not isinstance(lengths, Tensor):
+        held = isinstance(lengths, (list, tuple)) or hasattr(lengths, "__array_interface__")
+        sizes = torch.as_tensor(lengths if held else list(lengths), device="cpu")
         if sizes.numel() == 0:
             sizes = sizes.to(torch.int64)
-        if sizes.dtype != torch.int64:
-            raise TypeError(f"lengths must be integers, got {sizes.dtype}")
+    if sizes.dtype.is_floating_point or sizes.dtype.is_complex or sizes.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {sizes.dtype}")
+    sizes = sizes.detach().to("cpu", torch.int64)
     if sizes.dim() == 1:
         sizes = sizes[:, None]
     if sizes.dim() != 2:
@@ -269,14 +280,25 @@ def _traced_segments(data: Any, lengths: Any, name: str) -> Any:
     return listed(table, len(table[0]) if table else 1, data.device)
 
 
+def _dense(name: str, data: Any) -> Tensor:
+    """Dense data as a plain tensor that shares its memory.
+
+    Raises:
+        TypeError: Something else.
+    """
+    if type(data) is Tensor:
+        return data
+    if not isinstance(data, Tensor) or isinstance(data, NestedTensor) or data.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {type(data).__name__}")
+    return _element(data)
+
+
 def from_lengths(values: Tensor, lengths: Any, **ctor: Any) -> NestedTensor:
     """Wrap packed values `(sum(lengths), *static)`; see `NestedTensor.from_lengths`."""
-    settings = _settings(ctor)
+    settings, values = _settings(ctor), _dense("values", values)
     traced = _traced_segments(values, lengths, "from_lengths")
     sizes = torch.empty(0, traced.k) if traced else _sizes(lengths)
     k = sizes.shape[1]
-    if not isinstance(values, Tensor) or isinstance(values, NestedTensor):
-        raise TypeError(f"values must be a dense tensor, got {type(values).__name__}")
     if values.dim() < 1:
         raise ValueError("values must have at least one dim, the rows")
     segments = traced or Segments(sizes)
@@ -294,11 +316,15 @@ def from_lengths(values: Tensor, lengths: Any, **ctor: Any) -> NestedTensor:
 
 def from_offsets(values: Tensor, offsets: Any, **ctor: Any) -> NestedTensor:
     """Wrap packed values with `(B+1,)` offsets; see `NestedTensor.from_offsets`."""
+    values = _dense("values", values)
     if is_traced(values):
         if isinstance(offsets, Tensor):
             raise LengthsError("from_offsets with offsets that are a tensor")
         return from_lengths(values, [b - a for a, b in zip(offsets, offsets[1:])], **ctor)
-    bounds = _sizes(offsets)[:, 0]
+    bounds = _sizes(offsets)
+    if bounds.shape[1] != 1:
+        raise ValueError(f"offsets must be (B+1,), got shape {tuple(bounds.shape)}")
+    bounds = bounds[:, 0]
     if bounds.numel() == 0 or int(bounds[0]) != 0:
         raise ValueError("offsets must start with 0")
     lengths = bounds[1:] - bounds[:-1]
@@ -311,7 +337,7 @@ def from_offsets(values: Tensor, offsets: Any, **ctor: Any) -> NestedTensor:
 
 def from_padded(padded: Tensor, lengths: Any, **ctor: Any) -> NestedTensor:
     """Real values of a padded tensor; see `NestedTensor.from_padded`."""
-    settings = _settings(ctor)
+    settings, padded = _settings(ctor), _dense("padded", padded)
     traced = _traced_segments(padded, lengths, "from_padded")
     sizes = torch.empty(traced.batch_size, traced.k) if traced else _sizes(lengths)
     batch, k = sizes.shape
@@ -322,9 +348,10 @@ def from_padded(padded: Tensor, lengths: Any, **ctor: Any) -> NestedTensor:
     if len(ragged) != k:
         raise ValueError(f"lengths have {k} sizes per element but ragged_dims={ragged}")
     batch_first = settings["batch_first"]
-    batch_dim = 0 if batch_first else 1
-    if padded.shape[batch_dim] != batch:
-        raise ValueError(f"padded has batch size {padded.shape[batch_dim]} but there are {batch} lengths")
+    batch_dim = 0 if batch_first or rank == 0 else 1
+    if rank < 0 or padded.shape[batch_dim] != batch:
+        shape = tuple(padded.shape)
+        raise ValueError(f"padded has shape {shape}, which is not a batch of the {batch} elements that lengths tell of")
     element = list(padded.shape)
     del element[batch_dim]
     segments = traced or Segments(sizes)
@@ -372,8 +399,10 @@ def _box_sizes(valid: Tensor) -> Tensor:
 
 def from_tensor_mask(tensor: Tensor, mask: Tensor, *, batched: bool = False, **ctor: Any) -> NestedTensor:
     """Real values of a padded tensor as a mask marks them; see `NestedTensor.from_tensor_mask`."""
-    settings = _settings(ctor)
+    settings, tensor = _settings(ctor), _dense("tensor", tensor)
     flags, batch_first = settings["flags"], settings["batch_first"]
+    if mask is None or isinstance(mask, (NestedTensor, str, bytes, Mapping)):
+        raise TypeError(f"mask must be a dense tensor of bools or 0/1 integers, got {type(mask).__name__}")
     mask = mask if isinstance(mask, Tensor) else torch.as_tensor(mask, device="cpu")
     if mask.dtype != torch.bool:
         if mask.dtype.is_floating_point or mask.dtype.is_complex:
@@ -426,7 +455,9 @@ def from_tensor_mask(tensor: Tensor, mask: Tensor, *, batched: bool = False, **c
 
 def from_concatenated(concat: Tensor, shapes: Sequence[Sequence[int]], **ctor: Any) -> NestedTensor:
     """Inverse of `concatenate()`; see `NestedTensor.from_concatenated`."""
-    settings = _settings(ctor)
+    settings, concat = _settings(ctor), _dense("concat", concat)
+    if not isinstance(shapes, Iterable):
+        raise TypeError(f"shapes must be a list of shapes, got {type(shapes).__name__}")
     sizes = [torch.Size(shape) for shape in shapes]
     given = settings["ragged_dims"]
     if given is None:
@@ -512,6 +543,7 @@ def nested_like(x: NestedTensor, tensor: Tensor, strict: bool = True) -> NestedT
         if tensor._layout != layout:
             raise ValueError(f"nested_like needs an equal structure: {tensor._layout} is not {layout}")
         return wrap(values_of(tensor).clone(), layout, x._flags)
+    tensor = _dense("tensor", tensor)
     if tensor.shape == layout.shape:
         return wrap(to_packed(tensor, layout), layout, x._flags)
     if strict:

@@ -156,6 +156,18 @@ def _build(*settings: Any) -> NestedTensor:
     return _build(*settings)
 
 
+def _from_list(elements: list[Any]) -> NestedTensor | None:
+    """`danling.tensors.quick.from_list`, likewise."""
+    global _from_list
+    from danling.tensors.quick import from_list as _from_list
+
+    return _from_list(elements)
+
+
+_DEFAULTS = (None, None, None, False, True, 0.0, False, None)
+"""Settings of the constructor when none is given."""
+
+
 class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tensor):  # type: ignore[override]
     """A batch of tensors of one rank and different sizes, stored packed: no padding, exact gradients.
 
@@ -216,6 +228,12 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
         mask_value: bool = False,
         ragged_dims: int | Iterable[int] | None = None,
     ) -> NestedTensor:
+        if len(tensors) == 1 and type(tensors[0]) is list and tensors[0]:
+            settings = (dtype, device, requires_grad, pin_memory, batch_first, padding_value, mask_value, ragged_dims)
+            if settings == _DEFAULTS and type(padding_value) is float:
+                found = _from_list(tensors[0])
+                if found is not None:
+                    return found
         return _build(
             tensors, dtype, device, requires_grad, pin_memory, batch_first, padding_value, mask_value, ragged_dims
         )
@@ -231,14 +249,19 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
         rule = TABLE.get(func)
         if rule is None:
             rule = resolve(func)
-        if not kwargs:
-            return rule(*args)
-        unknown = FOREIGN.get(func)
-        if unknown is not None and not unknown.isdisjoint(kwargs):
-            args, kwargs = by_position(func, unknown, args, kwargs)
-        if kwargs.get("out") is not None:
-            return call_with_out(func, rule, args, kwargs)
-        return rule(*args, **kwargs)
+        try:
+            if not kwargs:
+                return rule(*args)
+            unknown = FOREIGN.get(func)
+            if unknown is not None and not unknown.isdisjoint(kwargs):
+                args, kwargs = by_position(func, unknown, args, kwargs)
+            if kwargs.get("out") is not None:
+                return call_with_out(func, rule, args, kwargs)
+            return rule(*args, **kwargs)
+        except AttributeError as error:  # a rule asked a dense operand for its structure
+            if error.name not in _PARTS or isinstance(error.obj, NestedTensor):
+                raise
+            raise misplaced(func, error.obj, args, kwargs) from None
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -281,7 +304,13 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
             return self._values.size()
         if dim is not None and sys._getframe(1).f_globals.get("__name__") == "torch._functorch.vmap":
             raise stripped("vmap")
-        return self._layout.shape if dim is None else self._layout.shape[dim]
+        if dim is None:
+            return self._layout.shape
+        try:
+            return self._layout.shape[dim]
+        except IndexError:
+            self._layout.element_dim(dim)  # says which dims there are
+            raise
 
     def __len__(self) -> int:
         return self._layout.batch_size
@@ -519,26 +548,26 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
         return bool((self._values == item).any())
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        if is_traced(self._values):
-            return f"NestedTensor(..., shape={tuple(self.shape)}, dtype={self.dtype}, ragged_dims={self.ragged_dims})"
-        elements = self.detach().unbind()
-        count = len(elements)
-        shown = elements if count <= 10 else elements[:5]
-        parts = [_indent(repr(t)) for t in shown]
-        if count > len(shown):
-            parts.append(f"  ... {count} elements")
-        about = [f"dtype={self.dtype}", f"device='{self.device}'"]
-        if self.requires_grad:
-            grad_fn = self.grad_fn
-            about.append("requires_grad=True" if grad_fn is None else f"grad_fn=<{type(grad_fn).__name__}>")
-        about.append(f"ragged_dims={self.ragged_dims}")
-        return "NestedTensor([\n" + ",\n".join(parts) + "\n], " + ", ".join(about) + ")"
+        from danling.tensors.display import describe
+
+        return describe(self)
+
+    def __format__(self, spec: str) -> str:
+        if not spec:
+            return repr(self)
+        if self._layout.numel != 1:
+            raise TypeError(f"format {spec!r} is for one number, and this NestedTensor has {self._layout.numel} values")
+        return format(self.item(), spec)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(type(self)), *self.__dict__})
 
     # What would need one block of memory of `.shape`.
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a NestedTensor has no dense storage; use .concat (packed values) or .tensor (padded copy)")
 
     data_ptr = storage = as_strided = as_strided_ = set_ = resize_ = _refuse
+    __array_ufunc__ = None  # operators with arrays say that they cannot, instead of asking for the storage
     resize_as_ = numpy = __array__ = __dlpack__ = __dlpack_device__ = _refuse
 
     def _refuse_map(self, *args: Any, **kwargs: Any) -> Any:
@@ -553,8 +582,19 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
     to_dense = to_mkldnn = sparse_mask = sparse_resize_ = _refuse_kind
 
 
-def _indent(text: str) -> str:
-    return "\n".join("  " + line for line in text.splitlines())
+_PARTS = frozenset({"_layout", "_values", "_flags", "structure"})
+
+
+def misplaced(func: Any, dense: Any, args: Any, kwargs: Any) -> Exception:
+    """The error for a dense operand (or something else) where the call needs a NestedTensor."""
+    name = getattr(func, "__name__", str(func))
+    places: list[tuple[Any, Any]] = [*enumerate(args, 1), *(kwargs or {}).items()]
+    place = next((f" (argument {key})" for key, value in places if value is dense), "")
+    what = f"shape {tuple(dense.shape)}" if isinstance(dense, Tensor) else f"type {type(dense).__name__}"
+    return TypeError(
+        f"{name} needs a NestedTensor where it got a dense operand of {what}{place}; "
+        "use .tensor or .concat of the NestedTensors, or nested_like to give the dense operand their structure"
+    )
 
 
 _aten = torch.ops.aten

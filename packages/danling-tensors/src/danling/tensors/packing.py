@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Number
 from operator import itemgetter
 from typing import Any
 
@@ -201,10 +202,15 @@ def check_bool(name: str, value: Any) -> bool:
 
 
 def check_number(name: str, value: Any) -> Any:
-    """`value` if it is a number, else `TypeError`."""
-    if not isinstance(value, (int, float, complex)):
+    """`value` as a number of Python, else `TypeError`."""
+    if type(value) in _NUMBERS:
+        return value
+    if not isinstance(value, Number):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return value
+    return value.item() if hasattr(value, "item") else value  # numpy's, which a saved file must not hold
+
+
+_NUMBERS = frozenset({int, float, complex, bool})
 
 
 def check_index(index: int, size: int, what: str = "element") -> int:

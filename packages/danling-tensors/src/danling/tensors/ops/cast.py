@@ -57,12 +57,60 @@ def share_memory(func: Any, x: Any) -> Any:
 @register(
     "cast",
     *"""is_pinned is_shared is_floating_point is_complex is_signed is_inference is_conj is_neg element_size get_device
-    is_distributed result_type""".split(),
+    is_distributed result_type record_stream
+    _is_all_true _is_any_true""".split(),
 )
 def ask(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Questions that the values answer."""
     named = {name: a._values if isinstance(a, NestedTensor) else a for name, a in kwargs.items()}
     return func(*(a._values if isinstance(a, NestedTensor) else a for a in args), **named)
+
+
+@register("cast", "numel")
+def numel(func: Any, input: Any) -> int:
+    return input.numel()
+
+
+@register("cast", "is_nonzero", path="refused")
+def is_nonzero(func: Any, input: Any) -> bool:
+    return bool(input)  # raises
+
+
+@register("cast", "dim_order")
+def dim_order(func: Any, x: Any, *args: Any, **kwargs: Any) -> tuple[int, ...]:
+    return tuple(range(x.dim()))
+
+
+@register("cast", "module_load")
+def module_load(func: Any, x: Any, other: Any, assign: bool = False) -> Any:
+    return other.detach() if assign else x.copy_(other).detach()
+
+
+@register(
+    "storage",
+    *"""as_strided as_strided_ as_strided_copy as_strided_scatter as_strided_scatter_ set_ resize resize_ resize_as
+    resize_as_ is_set_to const_data_ptr
+    storage_type""".split(),
+    path="refused",
+)
+def refuse_storage(func: Any, *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(
+        f"{names(func)}: a NestedTensor has no dense storage; use .concat (packed values) or .tensor (padded copy)"
+    )
+
+
+@register(
+    "storage",
+    *"""quantize_per_tensor quantize_per_channel quantize_per_tensor_dynamic int_repr q_scale q_zero_point
+    q_per_channel_axis q_per_channel_scales q_per_channel_zero_points qscheme coalesce is_coalesced indices values
+    crow_indices col_indices ccol_indices row_indices sparse_dim dense_dim sparse_resize_and_clear_ resize_as_sparse_
+    smm spmm hspmm sspaddmm saddmm hsmm dsmm""".split(),
+    path="refused",
+)
+def refuse_kind(func: Any, *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(
+        f"{names(func)}: sparse and quantised values are not supported in a NestedTensor; convert .concat instead"
+    )
 
 
 @register("cast", "view_as_real")

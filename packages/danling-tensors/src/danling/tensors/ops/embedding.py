@@ -13,6 +13,8 @@ from danling.tensors.ops.table import register
 
 @register("embedding", "F.embedding")
 def embedding(func: Any, input: NestedTensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(weight, NestedTensor):
+        raise TypeError("embedding: weight is a table of rows, a dense tensor")
     out = func(values_of(input), weight, *args, **kwargs)
     layout = input._layout
     return like(input, out, layout.with_static((*layout.static_sizes, weight.shape[1])))
@@ -20,6 +22,8 @@ def embedding(func: Any, input: NestedTensor, weight: Tensor, *args: Any, **kwar
 
 @register("embedding", "embedding")
 def embedding_of(func: Any, weight: Tensor, indices: NestedTensor, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(weight, NestedTensor):
+        raise TypeError("embedding: weight is a table of rows, a dense tensor")
     out = func(weight, values_of(indices), *args, **kwargs)
     layout = indices._layout
     return like(indices, out, layout.with_static((*layout.static_sizes, weight.shape[1])))

@@ -22,10 +22,7 @@ from danling.tensors.packing import check_index, slice_element
 def read(x: NestedTensor, index: Any) -> Any:
     """`x[index]`; indices address the batch, then element dims."""
     layout = x._layout
-    if isinstance(index, tuple):
-        parts = _expand(index, layout.rank)
-    else:
-        parts = [index]
+    parts = _expand(tuple(map(_plain, index if isinstance(index, tuple) else (index,))), layout.rank)
     if not parts:
         return x
     head, rest = parts[0], parts[1:]
@@ -35,14 +32,55 @@ def read(x: NestedTensor, index: Any) -> Any:
         if rest:
             raise ValueError("a mask over the batch takes no further indices")
         return filter_rows(x, head)
-    if rest and isinstance(head, Tensor) and isinstance(rest[0], Tensor) and not isinstance(rest[0], NestedTensor):
-        if head.dtype != torch.bool and rest[0].dtype != torch.bool and head.dim() + rest[0].dim() > 0:
-            return _rows_at(x, head, rest[0], rest[1:])
-    if isinstance(head, (int,)) and not isinstance(head, bool) or isinstance(head, Tensor) and head.dim() == 0:
+    if rest and _is_list(head):
+        lists = sum(map(_is_list, rest))
+        if _is_list(rest[0]) or lists and type(rest[0]) is int:
+            return _rows_at(x, tensor_of(head), tensor_of(rest[0]), rest[1:])
+        if lists:
+            raise IndexError(
+                "lists of positions along the batch and along a later dim: choose the elements first, x[b][..., k]"
+            )
+    if type(head) is int or isinstance(head, Tensor) and head.dim() == 0 and head.dtype != torch.bool:
         element = slice_element(values_of(x), layout, check_index(int(head), layout.batch_size))
         return element[tuple(rest)] if rest else element
     x = _choose(x, head)
     return _inside(x, rest) if rest else x
+
+
+def _plain(index: Any) -> Any:
+    """One entry of an index as Python or torch has it; arrays and numbers of numpy included.
+
+    Raises:
+        TypeError: Nothing that indexes.
+    """
+    if index is None or index is Ellipsis or isinstance(index, (int, slice, NestedTensor)):
+        return index
+    if isinstance(index, (list, tuple, range)):
+        return list(index) if all(type(i) is int for i in index) else tensor_of([_number(i) for i in index])
+    if hasattr(index, "__array_interface__") and index.ndim:
+        index = torch.as_tensor(index, device="cpu")
+    if not isinstance(index, Tensor):
+        return _number(index)
+    return index.bool() if index.dtype == torch.uint8 else index  # a mask, as in torch
+
+
+def _number(i: Any) -> Any:
+    if isinstance(i, (bool, list, tuple, Tensor)):
+        return i
+    try:
+        return i.__index__()
+    except (AttributeError, TypeError):
+        raise TypeError(
+            "an index is made of ints, slices, ..., None, and lists or tensors of ints or bools, "
+            f"got {type(i).__name__}"
+        ) from None
+
+
+def _is_list(index: Any) -> bool:
+    """Whether an entry of an index is a list of positions or a dense tensor of them."""
+    return (
+        isinstance(index, list) or isinstance(index, Tensor) and not isinstance(index, NestedTensor) and index.dim() > 0
+    )
 
 
 def _expand(index: tuple[Any, ...], rank: int) -> list[Any]:
@@ -257,11 +295,24 @@ def _own_positions(x: NestedTensor, d: int, index: NestedTensor) -> NestedTensor
 def _rows_at(x: NestedTensor, b: Tensor, t: Tensor, rest: list[Any]) -> Tensor:
     """`x[b, t]` with two dense index tensors: dense rows."""
     layout = x._layout
-    if layout.ragged_dims != (0,):
-        raise IndexError("x[b, t] with index tensors needs element dim 0 to be the only ragged dim")
-    b, t = torch.broadcast_tensors(b, t)
+    if layout.ragged_dims not in ((0,), ()):
+        raise IndexError("x[b, t] with lists or tensors needs element dim 0 to be the only ragged dim")
+    if t.dtype == torch.bool:
+        raise IndexError("a boolean index along a ragged dim must be a NestedTensor, or cover the batch too")
+    if b.dtype == torch.bool:
+        if tuple(b.shape) != (layout.batch_size,):
+            raise IndexError(f"a boolean index of {len(b)} entries does not fit a batch of {layout.batch_size}")
+        b = b.nonzero()[:, 0]
+    try:
+        b, t = torch.broadcast_tensors(b, t)
+    except RuntimeError:
+        raise IndexError(
+            f"x[b, t] pairs positions of both, which shapes {tuple(b.shape)} and {tuple(t.shape)} do not"
+        ) from None
     segments, device = layout.segments, x._values.device
     b, t = b.to(device, torch.int64), t.to(device, torch.int64)
+    if layout.dense:
+        return values_of(x)[(b, t, *rest)]
     out_of_batch = (b < -layout.batch_size) | (b >= layout.batch_size)
     if bool(out_of_batch.any()):
         raise IndexError(f"element index {int(b[out_of_batch][0])} is out of range for a batch of {layout.batch_size}")
@@ -272,8 +323,7 @@ def _rows_at(x: NestedTensor, b: Tensor, t: Tensor, rest: list[Any]) -> Tensor:
         e = int(b[wrong].reshape(-1)[0])
         raise IndexError(f"position {int(t[wrong].reshape(-1)[0])} is beyond element {e} of size {segments.lengths[e]}")
     rows = segments.on("offsets", device)[b] + torch.where(t < 0, t + size, t)
-    out = values_of(x)[rows]
-    return out[(slice(None),) * b.dim() + tuple(rest)] if rest else out
+    return values_of(x)[(rows, *rest)]
 
 
 def _many_lists(x: NestedTensor, rest: list[Any]) -> Any:
@@ -348,12 +398,15 @@ def write(x: NestedTensor, index: Any, value: Any) -> None:
     layout = x._layout
     if x.is_leaf and x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("a leaf NestedTensor that requires grad is being used in an in-place operation.")
-    if isinstance(index, int) and not isinstance(index, bool):
+    index = index if isinstance(index, tuple) else _plain(index)
+    if index is Ellipsis:
+        index = slice(None)
+    if type(index) is int:
         write_elements(x, [check_index(index, layout.batch_size)], [value])
         return
     if isinstance(index, slice):
         chosen = list(range(*index.indices(layout.batch_size)))
-        if isinstance(value, NestedTensor) or isinstance(value, (list, tuple)):
+        if isinstance(value, (NestedTensor, list, tuple)):
             parts = list(value)
             if len(parts) != len(chosen):
                 raise ValueError(f"{len(parts)} elements cannot be assigned to {len(chosen)}")
@@ -393,13 +446,18 @@ def write_elements(x: NestedTensor, chosen: Sequence[int], parts: Sequence[Any])
     from danling.tensors.packing import pack_elements
 
     target = Layout.from_shapes(shapes, layout.ragged_dims, layout.rank, layout.static_sizes, layout.batch_first)
+    leaf = x.requires_grad and x.is_leaf  # written without gradients: a leaf it stays
     rebind(x, pack_elements(elements, target), target)
+    if leaf:
+        x.requires_grad_()
 
 
 def put(x: NestedTensor, where: Any, value: Any, accumulate: bool = False) -> None:
     """Write `value` at flat positions `where` (a NestedTensor or a dense tensor)."""
     if isinstance(where, NestedTensor):
-        if isinstance(value, Tensor):
+        if type(value) is Tensor and value.dim() == 1 == where._layout.rank and len(value) == where._layout.rows:
+            at, given = values_of(where), value  # one value for each, as torch takes them for a mask
+        elif isinstance(value, Tensor):
             layout, (at, given) = align([where, value], "assignment")
             if layout.segments != where._layout.segments or layout.rank != where._layout.rank:
                 raise ValueError(f"a value of structure {layout} cannot be assigned to {where._layout}")

@@ -58,9 +58,11 @@ def matmul(func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
         return vecdot(a, b, *args, **kwargs)
     if isinstance(a, NestedTensor) and isinstance(b, NestedTensor):
         return _nested_matmul(a, b, name)
-    if isinstance(a, NestedTensor):
+    if isinstance(a, NestedTensor) and isinstance(b, Tensor):
         return _by_matrix(a, b, name)
-    return _matrix_by(a, b, name)
+    if isinstance(a, Tensor) and isinstance(b, NestedTensor):
+        return _matrix_by(a, b, name)
+    raise TypeError(f"{name} multiplies tensors, got {type(a).__name__} and {type(b).__name__}")
 
 
 def vecdot(a: Any, b: Any, *, dim: int = -1) -> Any:

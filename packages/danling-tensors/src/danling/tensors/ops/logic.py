@@ -9,6 +9,7 @@ from torch import Tensor
 
 from danling.tensors.nested_tensor import NestedTensor, values_of
 from danling.tensors.ops.base import like
+from danling.tensors.ops.pointwise import write_out
 from danling.tensors.ops.table import register
 
 
@@ -31,11 +32,12 @@ def look_up(func: Any, *args: Any, **kwargs: Any) -> Any:
             raise ValueError("searchsorted takes a dense 1-D sorted sequence with NestedTensor values")
     if name == "isin" and not isinstance(args[0] if args else kwargs.get("elements"), NestedTensor):
         return func(*(a.concat if isinstance(a, NestedTensor) else a for a in args), **kwargs)
+    destination = kwargs.pop("out", None)
     out = func(
         *(values_of(a) if isinstance(a, NestedTensor) else a for a in args),
         **{k: values_of(a) if isinstance(a, NestedTensor) else a for k, a in kwargs.items()},
     )
-    return like(x, out)
+    return like(x, out) if destination is None else write_out(destination, out, x._layout)
 
 
 @register("activation", "prelu")

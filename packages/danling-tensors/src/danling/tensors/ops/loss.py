@@ -189,6 +189,11 @@ def _scores(func: Any, bound: dict[str, Any]) -> tuple[NestedTensor, Layout, int
     if isinstance(x, NestedTensor):
         return like, x._layout, _class_dim(func, x._layout)
     same_rank = x.dim() == target.dim()
+    if same_rank and not target.dtype.is_floating_point:
+        raise ValueError(
+            f"{names(func)}: scores are dense with shape {tuple(x.shape)}, the target is a NestedTensor of shape "
+            f"{tuple(target.shape)}; give padded scores with a class dim, or use target.concat"
+        )
     if same_rank:  # class probabilities, or one row of labels per position
         return like, target._layout, _class_dim(func, target._layout)
     d, layout = _dense_class_layout(func, x, target._layout)

@@ -88,9 +88,9 @@ def _general(func: Any, args: Any, kwargs: Any) -> Any:
             args[slot] = value
         else:
             kwargs[slot] = value
-    if destination is not None:
-        return _into(func, args, kwargs, destination, layout)
     out = func(*args, **kwargs)
+    if destination is not None:
+        return write_out(destination, out, layout)
     if isinstance(out, Tensor):
         for operand, value in zip(operands, values):
             if out is value and isinstance(operand, NestedTensor) and out is operand._values:
@@ -106,12 +106,12 @@ def _check_target(target: Any, layout: Layout, name: str) -> None:
         raise ValueError(f"{name}: the result's structure {layout} is not that of the tensor written in place, {own}")
 
 
-def _into(func: Any, args: Any, kwargs: Any, destination: Any, layout: Layout) -> Any:
+def write_out(destination: Any, out: Any, layout: Layout) -> Any:
+    """Put packed results that have the rows of `layout` into what was given as `out=`."""
     targets = list(destination) if isinstance(destination, (tuple, list)) else [destination]
     for target in targets:
         if not isinstance(target, NestedTensor):
             raise ValueError("out= must be a NestedTensor of the result's structure")
-    out = func(*args, **kwargs)
     results = list(out) if isinstance(out, (tuple, list)) else [out]
     for target, result in zip(targets, results):
         expected = layout.with_static(tuple(result.shape[1:]))
@@ -150,7 +150,7 @@ bitwise_left_shift bitwise_right_shift"""
 
 _TERNARY = "addcmul addcdiv lerp clamp clamp_min clamp_max"
 
-_RANDOM = "bernoulli poisson binomial"
+_RANDOM = "bernoulli poisson binomial normal _standard_gamma"
 
 _FILL = """copy_ fill_ fill zero_ bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"""
 

@@ -40,7 +40,10 @@ def signatures(func: Any) -> tuple[tuple[Argument, ...], ...]:
     if isinstance(func, torch._ops.OpOverloadPacket):
         return tuple(_of_schema(getattr(func, name)._schema) for name in func.overloads())
     if inspect.isfunction(func):
-        parameters = inspect.signature(func).parameters.values()
+        try:
+            parameters = inspect.signature(func).parameters.values()
+        except ValueError:  # it wraps a method of C, which does not tell
+            return ()
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
             return ()
         return (tuple(Argument(p.name, p.default, p.kind == p.KEYWORD_ONLY, None) for p in parameters),)
