@@ -263,8 +263,14 @@ def test_no_contradiction(given):
 
 
 def test_unordered_batches_are_warned_about():
+    config = RunnerConfig({"dataloader.in_order": False})
+    with pytest.warns(UserWarning, match="in_order.*exact resume") as caught:
+        RunnerConfig.of(config)
+        config.validate()
+        RunnerConfig.of(config).identity()
+    assert len(caught) == 1
     with pytest.warns(UserWarning, match="in_order.*exact resume"):
-        RunnerConfig({"dataloader.in_order": False}).validate()
+        RunnerConfig({"dataloader.val.in_order": False}).validate()
 
 
 # -- older names and synonyms

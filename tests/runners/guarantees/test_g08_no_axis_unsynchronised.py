@@ -37,8 +37,10 @@ class Own(Tiny):
         self.set_seed()
 
 def tensors(runner):
-    parts = {{"model": runner.unwrap(runner.model), "ema": runner.ema}}
-    return {{f"{{part}}.{{name}}": value.tolist() for part, module in parts.items() for name, value in module.state_dict().items()}}
+    found = {{}}
+    for part, module in {{"model": runner.unwrap(runner.model), "ema": runner.ema}}.items():
+        found |= {{f"{{part}}.{{name}}": value.tolist() for name, value in module.state_dict().items()}}
+    return found
 
 found = {{}}
 for options in ({{}}, {{"accum_steps": 2}}):

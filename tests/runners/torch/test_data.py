@@ -18,6 +18,7 @@ from danling.backends.torch.data import SplitLoader, build_dataloader, is_map_st
 from danling.backends.torch.sampler import build_sampler
 from danling.backends.torch.workers import SeededDataset, stop_workers
 from danling.runners.errors import ConfigError, ResumeError
+from support.tiny import Tiny, tiny_config
 
 
 class Noisy(Dataset):
@@ -485,3 +486,25 @@ print(next(iterator).item())
 def test_a_script_that_leaves_workers_behind_ends():
     done = subprocess.run([sys.executable, "-c", LEFT_OVER], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "0.0\n"), done.stderr
+
+
+def test_a_loader_of_ones_own_without_a_state_is_warned_about_once(tmp_path, capsys):
+    class Positioned(list):
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            raise NotImplementedError
+
+    class Own(Tiny):
+        def __init__(self, config):
+            super().__init__(config)
+            batches = torch.utils.data.DataLoader(self.datasets.pop("train"), batch_size=5)
+            self.dataloaders.train = Positioned(batches) if self.config.tiny.state else batches
+
+    for state, load_only, lines in ((False, False, 1), (True, False, 0), (False, True, 0)):
+        config = tiny_config(tmp_path, epochs=2, tiny__state=state, checkpoint__load_only=load_only)
+        with Own(config) as runner:
+            runner.train()
+        told = [line for line in capsys.readouterr().err.splitlines() if "has no state_dict" in line]
+        assert len(told) == lines and all("'train'" in line for line in told)

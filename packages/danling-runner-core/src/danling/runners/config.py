@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from os import PathLike
@@ -22,7 +23,7 @@ from .aliases import RENAMED, canonical, conflict, place, translate, warn_rename
 from .checking import check, unknown
 from .commandline import CommandLine, Row, check_value, help_text, show_help, split_arguments
 from .configfile import dump_yaml, parse_yaml, plain, read_mapping
-from .contradictions import contradictions
+from .contradictions import contradictions, misgivings
 from .declared import (
     class_defaults,
     converter_of,
@@ -246,6 +247,7 @@ class RunnerConfig(Config, metaclass=_Meta):
         if isinstance(config, RunnerConfig):
             with config.unlocked():  # chanfig cannot copy a frozen config
                 copied = config.deepcopy()
+            config.__dict__["_told"] = True
         else:
             copied = cls(deepcopy(dict(config)))
         copied.validate()
@@ -385,6 +387,10 @@ class RunnerConfig(Config, metaclass=_Meta):
                 problems = contradictions(self)
             if problems:
                 raise ConfigError(joined(problems))
+            if not self.__dict__.get("_told"):  # copies do not tell again
+                self.__dict__["_told"] = True
+                for text in misgivings(self):
+                    warnings.warn(text, UserWarning, stacklevel=2)
         finally:
             if frozen:
                 self.freeze()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -56,13 +55,15 @@ def contradictions(config: Mapping[str, Any]) -> list[str]:
             for name in ("prefetch_factor", "persistent_workers"):
                 if options[name] and (name in given or "num_workers" in given):
                     lines.append(f"{path}.{name}: {options[name]!r} needs workers, but {path}.num_workers is 0")
-    if not loader["in_order"] or any(split.get("in_order") is False for split in splits.values()):
-        warnings.warn(
-            "dataloader.in_order: False gives up exact resume: batches arrive in the order workers finish",
-            UserWarning,
-            stacklevel=4,
-        )
     return lines
+
+
+def misgivings(config: Mapping[str, Any]) -> list[str]:
+    """Return a line for each valid setting that costs more than its name says."""
+    loader = find(config, "dataloader")[1]
+    if all(part.get("in_order", True) for part in (loader, *loader.values()) if isinstance(part, Mapping)):
+        return []
+    return ["dataloader.in_order: False gives up exact resume: batches arrive in the order workers finish"]
 
 
 # What only some engines can do: key, value, the feature that an engine declares, the way out

@@ -45,6 +45,15 @@ class Building(_Host):
         """Build a loader for every split in `datasets` that has none."""
         self._check_split_options()
         train = set(self.train_splits)
+        stateless = [
+            name for name in self.train_splits if name in self.dataloaders and not _keeps_state(self.dataloaders[name])
+        ]
+        if stateless and self.is_main_process and not self.config.checkpoint.load_only:
+            self.logger.warning(
+                "the loader of %s has no state_dict and load_state_dict: a run that stops in the middle of an epoch "
+                "cannot be resumed there",
+                ", ".join(map(repr, stateless)),
+            )
         for split, dataset in self.datasets.items():
             if split in self.dataloaders or dataset is None:
                 continue
@@ -401,3 +410,7 @@ def _copy(metrics: Any) -> Any:
     from copy import deepcopy
 
     return deepcopy(metrics)
+
+
+def _keeps_state(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
