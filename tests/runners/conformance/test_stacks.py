@@ -31,7 +31,7 @@ def conform(folder, stack, nproc, *options, module=""):
 
 def test_torch_on_two_ranks(tmp_path):
     passed, skipped = conform(tmp_path, "torch", 2)
-    assert passed >= 31 and not skipped
+    assert passed >= 33 and not skipped
 
 
 @pytest.mark.slow
@@ -56,7 +56,8 @@ def test_torch_on_two_ranks(tmp_path):
 )
 def test_other_stacks(tmp_path, stack, nproc, options):
     passed, skipped = conform(tmp_path, stack, nproc, *options)
-    assert passed >= 31 and not skipped
+    bitwise = stack != "deepspeed" and nproc <= 2  # others add numbers in an order of their own
+    assert passed + skipped >= 33 and skipped == (not bitwise)
 
 
 UNCLAIMED = """
@@ -77,7 +78,7 @@ def test_what_is_not_claimed_is_skipped_by_number(tmp_path, monkeypatch):
     (site / "modest_engine.py").write_text(UNCLAIMED)
     monkeypatch.setenv("PYTHONPATH", str(site))
     passed, skipped = conform(tmp_path, "modest", 2, "-rs")
-    assert passed == 2 and skipped >= 29
+    assert passed == 3 and skipped >= 30
 
 
 def test_the_plugin_is_asleep_in_other_runs(tmp_path):

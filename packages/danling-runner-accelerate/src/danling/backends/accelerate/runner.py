@@ -43,6 +43,7 @@ class AccelerateRunner(Sharding, TorchRunner):
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
     axes: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[str]] = frozenset({"dcp"})
+    conformance: ClassVar[dict[str, Any]] = {"bitwise": True}
 
     accelerator: Accelerator
     settings: Settings

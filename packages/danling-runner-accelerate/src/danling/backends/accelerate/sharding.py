@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from danling.backends.torch.averaging import ShardedEMA
 from danling.backends.torch.export import cast_floating
-from danling.backends.torch.local import Buffers, broadcast_state, live_state
+from danling.backends.torch.local import Buffers, live_state
 from danling.runners.errors import ConfigError
 from danling.runners.state import RunnerMode
 
@@ -56,12 +56,11 @@ class Sharding(_Host):
     # Model
 
     def shard_model(self) -> None:
-        """Let the Accelerator spread the model over the ranks, which start from the weights of the first.
+        """Let the Accelerator spread the model over the ranks, which hold the same weights.
 
         Raises:
             ConfigError: something that is trained stays whole, with nobody who would keep it in step.
         """
-        broadcast_state(self.model)
         bound = self.optimizer
         stand_in = torch.optim.SGD(
             self.model.parameters(), lr=0.0

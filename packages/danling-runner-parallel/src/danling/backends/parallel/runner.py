@@ -51,6 +51,7 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
     axes: ClassVar[frozenset[str]] = frozenset(AXES)
     features: ClassVar[frozenset[str]] = frozenset({"dcp", "fsdp", "ft"})
+    conformance: ClassVar[dict[str, Any]] = {"bitwise": True}
 
     topology: ParallelTopology
     parallel: ParallelContext

@@ -31,6 +31,7 @@ class TorchRunner(Replicas, Training, Evaluation, Building, Restoring, Distribut
     stack: ClassVar[str | None] = "torch"
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
     features: ClassVar[frozenset[str]] = frozenset({"dcp", "ft"})
+    conformance: ClassVar[dict[str, Any]] = {"bitwise": True}
     export_checkpoint = staticmethod(export_checkpoint)
 
     @staticmethod

@@ -52,14 +52,31 @@ def evaluated_often(place: Place) -> dict[str, Any]:
     return found
 
 
+@scenario
+def running_statistics(place: Place) -> dict[str, Any]:
+    """A model whose buffers training changes, on every rank by other batches; it is saved, read back and evaluated."""
+    from .task import Task, weights
+
+    config = place.config(steps=4, eval_interval="2 steps", auto_resume=True, task__norm=True)
+    with Task(config) as runner:
+        start = weights(runner)
+        runner.train()
+        found = {"start": start, "weights": weights(runner), "rows": runner.results.rows()}
+        found["loss"] = runner.evaluate(["val"])["val"]["loss"]
+    with Task(config) as again:
+        found["again"] = again.evaluate(["val"])["val"]["loss"]
+    return found
+
+
 def expected(found: list[Any], settings: Settings) -> tuple[float, Any]:
     """Loss and outputs of a plain model with the same weights on the whole split."""
     import torch
 
     from .task import IGNORED, VAL, Sequences, build_model
 
-    model = build_model(torch.float64).eval()
-    model.load_state_dict({name: value.double() for name, value in found[0]["weights"].items()})
+    norm = any(name.endswith("running_mean") for name in found[0]["weights"])
+    model = build_model(torch.float64, norm=norm).eval()
+    model.load_state_dict(found[0]["weights"])
     data = Sequences(VAL, getattr(torch, settings.dtype), seed=1)
     with torch.no_grad():
         outputs = model(data.inputs.double())
@@ -98,3 +115,16 @@ def test_how_often_one_evaluates_does_not_matter(found: list[Any]) -> None:
     """With dropout and augmentation, the same weights to the last bit."""
     for rank in found:
         assert all(value.equal(rank["once"][name]) for name, value in rank["often"].items())
+
+
+@shows(8, "running_statistics")
+def test_running_statistics_are_those_of_one_model(found: list[Any], settings: Settings) -> None:
+    """All ranks evaluate one model, which is the one that is exported, and the one that is read back."""
+    loss, _ = expected(found, settings)
+    for rank in found:
+        assert all(value.equal(found[0]["weights"][name]) for name, value in rank["weights"].items())
+        assert rank["loss"] == rank["again"] == found[0]["loss"]
+        assert rank["rows"] == found[0]["rows"]
+        assert rank["loss"] == pytest.approx(loss, rel=max(settings.tolerance, 1e-9))
+    moved = [name for name, value in found[0]["start"].items() if not value.equal(found[0]["weights"][name])]
+    assert {name.split(".")[-1] for name in moved} >= {"running_mean", "running_var", "num_batches_tracked"}

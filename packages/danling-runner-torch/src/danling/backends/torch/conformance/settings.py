@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-DEFAULTS: Mapping[str, Any] = {"dtype": "float64", "tolerance": 1e-9, "bf16": 2e-2}
+DEFAULTS: Mapping[str, Any] = {"dtype": "float64", "tolerance": 1e-9, "bf16": 2e-2, "bitwise": False}
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Settings:
         dtype: of model and data.
         tolerance: largest difference from the reference, relative to the largest magnitude of a tensor.
         bf16: the same for losses in bf16; None when the engine has no bf16.
+        bitwise: whether one process, or two that average, do the arithmetic of a plain loop in its order.
         overrides: configuration keys of every run, dotted.
         guarantees: numbers that the engine claims.
         claimant: name of its class.
@@ -30,6 +31,7 @@ class Settings:
     dtype: str = "float64"
     tolerance: float = 1e-9
     bf16: float | None = 2e-2
+    bitwise: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)
     guarantees: Sequence[int] = tuple(range(1, 12))
     claimant: str = ""
@@ -41,6 +43,8 @@ class Settings:
 
         engine = load_engine(stack)
         values = {**DEFAULTS, **getattr(engine, "conformance", {})}
+        if "conformance" not in vars(engine):  # what a base does in one order, a class below it may do in another
+            values["bitwise"] = False
         values |= {name: value for name, value in options.items() if value is not None}
         if unknown := set(values) - set(cls.__dataclass_fields__):
             raise ValueError(

@@ -52,16 +52,17 @@ class ClassesSecond(nn.Module):
         return x.transpose(1, 2)
 
 
-def build_model(dtype: torch.dtype, dropout: float = 0.0) -> nn.Sequential:
-    """A small classifier of each position."""
-    layers = [nn.Linear(FEATURES, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, CLASSES), ClassesSecond()]
+def build_model(dtype: torch.dtype, dropout: float = 0.0, norm: bool = False) -> nn.Sequential:
+    """A small classifier of each position; with `norm` it ends in a batch normalisation, which has running statistics."""
+    layers: list[nn.Module] = [nn.Linear(FEATURES, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, CLASSES)]
+    layers += [ClassesSecond(), nn.BatchNorm1d(CLASSES)] if norm else [ClassesSecond()]
     return nn.Sequential(*layers).to(dtype)
 
 
 class Task(Runner):
     """Trains the classifier; remembers what it saw.
 
-    Options in its section `task`: `dropout`, `augment`, `poison` (a micro-step at which the last data rank gets NaN),
+    Options in its section `task`: `dropout`, `norm`, `augment`, `poison` (a micro-step at which the last data rank gets NaN),
     `shares` (data of that many micro-batches for each data rank, in a loader of its own).
 
     Attributes:
@@ -75,11 +76,12 @@ class Task(Runner):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        options = {"dropout": 0.0, "augment": False, "poison": None, "shares": None, **self.config.get("task", {})}
+        options = {"dropout": 0.0, "norm": False, "augment": False, "poison": None, "shares": None}
+        options |= self.config.get("task", {})
         self.options = options
         dtype = getattr(torch, options.get("dtype", "float64"))
         torch.manual_seed(100 + self.rank)  # replicas have to start equal although ranks draw differently
-        self.model = build_model(dtype, options["dropout"])
+        self.model = build_model(dtype, options["dropout"], options["norm"])
         self.set_seed()
         self.criterion = nn.CrossEntropyLoss(ignore_index=IGNORED)
         train = Sequences(TRAIN, dtype, augment=options["augment"])

@@ -68,6 +68,12 @@ def half_precision(place: Place) -> dict[str, Any]:
     return train(place, "run", precision="bf16", task__dtype="float32", optim__momentum=0.9)
 
 
+@scenario
+def single_precision(place: Place) -> dict[str, Any]:
+    """Training in float32, where the order of additions shows at once."""
+    return train(place, "run", task__dtype="float32", optim__momentum=0.9)
+
+
 def assert_equals_reference(
     found: list[dict[str, Any]], settings: Settings, optimizer: str, clip: float | None
 ) -> None:
@@ -146,3 +152,29 @@ def test_losses_in_bf16(found: list[Any], settings: Settings) -> None:
     for index, (numbers, logged) in enumerate(zip(windows(found), found[0]["logged"], strict=True)):
         expected = plain.update(numbers)["loss"]
         assert logged["loss"] == pytest.approx(expected, rel=settings.bf16), f"loss of update {index + 1}"
+
+
+@shows(5, "single_precision")
+def test_weights_are_bit_for_bit_those_of_a_plain_loop(found: list[Any], settings: Settings) -> None:
+    """One process, or two that average, and a loop as one would write it by hand: the same bits after every update."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from .task import IGNORED, TRAIN, Sequences, build_model
+
+    if not settings.bitwise or settings.nproc > 2:
+        pytest.skip(f"{settings.claimant} with {settings.nproc} processes adds in an order of its own")
+    model, data = build_model(torch.float32), Sequences(TRAIN, torch.float32)
+    model.load_state_dict(found[0]["start"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    shares = [rank["seen"] for rank in sorted(found, key=lambda rank: rank["data_rank"])]
+    for index, (expected, *batches) in enumerate(zip(found[0]["updates"], *shares, strict=True)):
+        weights = [int((data.targets[batch] != IGNORED).sum()) for batch in batches]
+        for batch, weight in zip(batches, weights, strict=True):
+            if weight:
+                loss = cross_entropy(model(data.inputs[batch]), data.targets[batch], ignore_index=IGNORED)
+                (loss * (weight / sum(weights)) if len(batches) > 1 else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wrong = [name for name, value in model.state_dict().items() if not value.equal(expected[name])]
+        assert not wrong, f"{wrong} after update {index + 1}"
