@@ -63,6 +63,7 @@ if __name__ == "__main__":
             "drawn": start,
             "start": runner.begun,
             "end": weights(runner),
+            "average": weights(runner, ema=True),
             "resumed": resumed,
             "seen": runner.seen,
             "logged": runner.logged,

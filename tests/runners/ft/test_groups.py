@@ -25,21 +25,32 @@ def check_reference(found, optim):
     assert found[0]["counters"][2] == sum(map(len, together))
 
 
-@pytest.mark.parametrize("layout", [{}, {"stack": "parallel", "parallel.axes.shard": 2}], ids=["ddp", "sharded"])
+LAYOUTS = {
+    "ddp": (2, {}),
+    "sharded": (2, {"stack": "parallel", "parallel.axes.shard": 2}),
+    "replicated and sharded": (4, {"stack": "parallel", "parallel.axes.shard": 2, "parallel.axes.replicate": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_groups_train_in_step(groups, layout):
-    """Unequal seeds, two ranks each: equal weights, which are those of one process on the concatenated batch."""
+    """Unequal seeds: equal weights and averages, the weights those of one process on the concatenated batch."""
+    nproc, axes = LAYOUTS[layout]
     config = {"steps": 8, "accum_steps": 2, "ft.min_replica_size": 2, "optim.momentum": 0.9, "log_interval": 1}
-    config |= layout
+    config |= {"ema.enabled": True, "ema.decay": 0.9, **axes}
+    config |= {"dataloader.batch_size": 8 // nproc}
     for replica in range(2):
-        groups.start(replica, 2, config=config)
+        groups.start(replica, nproc, config=config)
     groups.wait()
-    found = [groups.found(replica, rank) for replica in range(2) for rank in range(2)]
-    assert [(rank["share"], rank["group"], rank["manager"]) for rank in found] == [(i, 2, "Manager") for i in range(4)]
-    assert [rank["leads"] for rank in found] == [True, True, False, False]
-    assert not found[0]["drawn"]["0.weight"].equal(found[2]["drawn"]["0.weight"])
+    found = [groups.found(replica, rank) for replica in range(2) for rank in range(nproc)]
+    shares = [(i, 2, "Manager") for i in range(2 * nproc)]
+    assert [(rank["share"], rank["group"], rank["manager"]) for rank in found] == shares
+    assert [rank["leads"] for rank in found] == [True] * nproc + [False] * nproc
+    assert not found[0]["drawn"]["0.weight"].equal(found[nproc]["drawn"]["0.weight"])
+    assert not found[0]["average"]["0.weight"].equal(found[0]["end"]["0.weight"])
     for rank in found[1:]:
-        assert_equal(found[0]["start"], rank["start"])
-        assert_equal(found[0]["end"], rank["end"])
+        for name in ("start", "end", "average"):
+            assert_equal(found[0][name], rank[name])
         assert rank["counters"] == found[0]["counters"] and rank["results"].keys() == found[0]["results"].keys()
     check_reference(found, {"type": "sgd", "lr": 0.1, "momentum": 0.9})
 
@@ -52,6 +63,8 @@ def test_a_group_that_is_killed_comes_back(groups):
         "evaluate_splits": [],
         "checkpoint.interval": "1 steps",
         "checkpoint.enable_ft_dataloader_checkpoints": True,
+        "ema.enabled": True,
+        "optim.momentum": 0.9,
     }
     groups.start(0, config=config, wait_at=8, wait_for="back")
     killed = groups.start(1, config=config, kill_at=4)
@@ -60,7 +73,8 @@ def test_a_group_that_is_killed_comes_back(groups):
     groups.start(1, name="again", config=config, touch="back")
     groups.wait()
     stayed, back = groups.found(0), groups.found(1, name="again")
-    assert_equal(stayed["end"], back["end"])
+    for name in ("end", "average"):
+        assert_equal(stayed[name], back[name])
     assert stayed["counters"] == back["counters"]
     logs = {path.stem: path.read_text() for path in groups.folder.glob("*.log")}
     assert "was refused (1 in a row) and is run again" in logs["run-0"]

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .healing import local, shared_state, take_state
+from .healing import shared_state, take_state
+from .local import local_tensor
 from .positions import Positions
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ class FaultTolerance:
         for _, parameter in self.runner.iter_optimizer_named_parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # another group may have one
-            gradient = local(parameter.grad)
+            gradient = local_tensor(parameter.grad)
             buckets.setdefault(gradient.dtype, []).append(gradient)
         for gradients in buckets.values():
             bucket = torch.cat([gradient.flatten() for gradient in gradients])
@@ -294,7 +295,7 @@ class FaultTolerance:
         seed = torch.tensor([runner.rng_state.seed], dtype=torch.float64, device=runner.device)
         tensors = [*runner.model_tensors().values(), *(runner.ema_tensors() or {}).values()]
         with torch.no_grad():
-            for tensor in (seed, *map(local, tensors)):
+            for tensor in (seed, *map(local_tensor, tensors)):
                 number = tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor
                 whole = number.clone() if self.leads else torch.zeros_like(number)
                 self.manager.allreduce(whole, reduce_op=dist.ReduceOp.SUM).wait()

@@ -8,17 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .local import local_tensor
 from .payload import load_optimizer_state, optimizer_state
 
 COUNTERS = (
     "global_step", "micro_step", "epoch", "phase", "samples", "tokens", "skipped", "skipped_in_a_row", "row",
     "epoch_ended", "evaluated_step",
 )  # fmt: skip
-
-
-def local(value: Any) -> Any:
-    """This rank's part of a sharded tensor; anything else as it is."""
-    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def shared_state(runner: Any) -> dict[str, Any]:
@@ -30,14 +26,14 @@ def shared_state(runner: Any) -> dict[str, Any]:
         "seed": runner.rng_state.seed,
         "results": runner.results.state_dict(),
         "best_at": runner._best_at,
-        "model": {name: local(value) for name, value in runner.model_tensors().items()},
-        "ema": averages and {name: local(value) for name, value in averages.items()},
+        "model": {name: local_tensor(value) for name, value in runner.model_tensors().items()},
+        "ema": averages and {name: local_tensor(value) for name, value in averages.items()},
         "ema_state": runner.ema.state_dict() if runner.ema is not None and averages is None else None,
         "sides": runner.side_states(),
     }
     if runner.optimizer is not None:
         found = optimizer_state(runner.optimizer, runner.iter_optimizer_named_parameters())
-        values = {name: {key: local(v) for key, v in values.items()} for name, values in found["state"].items()}
+        values = {name: {key: local_tensor(v) for key, v in values.items()} for name, values in found["state"].items()}
         state["optimizer"] = {"state": values, "param_groups": found["param_groups"]}
     return state
 
@@ -74,7 +70,7 @@ def _copy(targets: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
     if targets.keys() != values.keys():
         raise RuntimeError(f"replica groups train different models: {sorted(targets.keys() ^ values.keys())}")
     for name, target in targets.items():
-        local(target).copy_(values[name])
+        local_tensor(target).copy_(values[name])
 
 
 def _like(parameter: Tensor, value: Any) -> Any:
@@ -84,7 +80,7 @@ def _like(parameter: Tensor, value: Any) -> Any:
         return value
     from torch.distributed.tensor import DTensor
 
-    value = value.to(local(parameter).device)
+    value = value.to(local_tensor(parameter).device)
     placements = parameter.placements  # type: ignore[attr-defined]
     return DTensor.from_local(
         value, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
