@@ -190,3 +190,15 @@ def test_ctc(batch_first: bool) -> None:
         torch.testing.assert_close(a, b)
     with pytest.raises(Exception, match="ctc_loss runs padded"):
         F.ctc_loss(NestedTensor(frames), NestedTensor(texts), *sizes)
+
+
+def test_an_index_that_is_out_of_bounds_names_its_element():
+    scores = NestedTensor(torch.zeros(2, 3), torch.zeros(4, 3))
+    labels = NestedTensor([0, 2], [1, 0, 3, 1])
+    for call in (
+        lambda: F.cross_entropy(scores, labels),
+        lambda: F.nll_loss(scores, labels.tensor),
+        lambda: F.embedding(labels, torch.zeros(3, 2)),
+    ):
+        with pytest.raises(IndexError, match="element 1:.*out of"):
+            call()

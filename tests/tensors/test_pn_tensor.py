@@ -108,6 +108,8 @@ def test_collator_settings_by_key_position_and_name() -> None:
     assert collate([PNTensor([1]), PNTensor([2, 3])]).tensor.tolist() == [[1, 0], [2, 3]]
     again = pickle.loads(pickle.dumps(by_key))
     assert repr(again) == repr(by_key)
+    with pytest.raises(TypeError, match="mapping"):
+        Collator(fields=3)
 
 
 def test_wrong_settings_are_refused_early() -> None:
@@ -174,3 +176,10 @@ def test_a_thousand_batches_leave_nothing_open() -> None:
         count += sum(1 for _ in loader)
     after = open_things()
     assert after[0] <= before[0] + 4 and after[1] <= before[1] + 4
+
+
+def test_what_is_marked_is_printed_so_and_goes_with_what_is_not():
+    assert repr(PNTensor([1, 2])) == "PNTensor([1, 2])"
+    assert repr(PNTensor([[1, 2], [3, 4]])) == "PNTensor([[1, 2],\n          [3, 4]])"
+    batch = default_collate([PNTensor([1.0]), torch.ones(2)])
+    assert type(batch) is NestedTensor and batch.tolist() == [[1.0], [1.0, 1.0]]

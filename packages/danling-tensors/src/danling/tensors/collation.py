@@ -21,7 +21,7 @@ class _Nest:
         self.settings = settings
 
     def __call__(self, batch: Sequence[PNTensor], *, collate_fn_map: Any = None) -> NestedTensor:
-        return NestedTensor([x.tensor for x in batch], **self.settings)
+        return NestedTensor([x.tensor if isinstance(x, PNTensor) else x for x in batch], **self.settings)
 
 
 class Collator:
@@ -67,6 +67,8 @@ class Collator:
         }
         # Settings of the wrong kind are refused here, not in a worker; ragged_dims need the rank of the samples.
         NestedTensor(batch_first=batch_first, padding_value=padding_value, mask_value=mask_value)
+        if not isinstance(fields, (Mapping, type(None))):
+            raise TypeError(f"fields must be a mapping of names or positions to settings, got {type(fields).__name__}")
         self.fields = {key: dict(value) for key, value in (fields or {}).items()}
         for key, value in self.fields.items():
             unknown = set(value) - set(_SETTINGS)

@@ -398,8 +398,8 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
         return out if dim is None else out[dim]
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:  # type: ignore[override]
-        """Whether the values are contiguous."""
-        return self._values.is_contiguous()
+        """Whether the values are contiguous; no NestedTensor is in another memory format."""
+        return memory_format in (torch.contiguous_format, torch.preserve_format) and self._values.is_contiguous()
 
     # Settings.
     @property

@@ -73,7 +73,8 @@ class PNTensor(torch.Tensor):
         return memo[id(self)]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return "PN" + repr(self.tensor)
+        text = "PNTensor" + repr(self.tensor.detach()).removeprefix("tensor").replace("\n", "\n  ")
+        return text[:-1] + ", requires_grad=True)" if self.requires_grad else text
 
 
 FIRST.add(PNTensor)

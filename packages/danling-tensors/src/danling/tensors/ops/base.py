@@ -65,6 +65,19 @@ def at_element(i: int) -> Iterator[None]:
         raise named_error(i, error) from error
 
 
+def row_error(error: Exception, layout: Layout, wrong: Tensor) -> Exception:
+    """`error` again, with the element of the first row that `wrong`, a bool tensor `(R, ...)`, marks in its message."""
+    rows = wrong.reshape(wrong.shape[0], -1).any(1).nonzero()
+    if not len(rows) or len(wrong) != layout.rows:
+        return error
+    return named_error(int(layout.segments.on("element", wrong.device)[rows[0, 0]]), error)
+
+
+def outside(index: Tensor, size: int) -> Tensor:
+    """Which indices are not in `[0, size)`."""
+    return (index < 0) | (index >= size)
+
+
 def named_error(i: int, error: Exception) -> Exception:
     """`error` again, with the element in its message."""
     try:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from danling.tensors.nested_tensor import NestedTensor, values_of
-from danling.tensors.ops.base import like
+from danling.tensors.ops.base import like, outside, row_error
 from danling.tensors.ops.table import register
 
 
@@ -15,8 +15,12 @@ from danling.tensors.ops.table import register
 def embedding(func: Any, input: NestedTensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
     if isinstance(weight, NestedTensor):
         raise TypeError("embedding: weight is a table of rows, a dense tensor")
-    out = func(values_of(input), weight, *args, **kwargs)
     layout = input._layout
+    values = values_of(input)
+    try:
+        out = func(values, weight, *args, **kwargs)
+    except IndexError as error:
+        raise row_error(error, layout, outside(values, weight.shape[0])) from error
     return like(input, out, layout.with_static((*layout.static_sizes, weight.shape[1])))
 
 

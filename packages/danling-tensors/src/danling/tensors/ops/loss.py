@@ -17,7 +17,7 @@ from torch import Tensor
 from danling.tensors import kernels
 from danling.tensors.layout import Layout
 from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
-from danling.tensors.ops.base import first_nested, names
+from danling.tensors.ops.base import first_nested, names, outside, row_error
 from danling.tensors.ops.broadcast import align, expand_dense
 from danling.tensors.ops.table import register
 from danling.tensors.packing import to_packed
@@ -225,7 +225,11 @@ def classes(func: Any, *args: Any, **kwargs: Any) -> Tensor:
     if bound["input"].dim() == 2:
         bound["target"] = bound["target"].reshape(bound["input"].shape if probabilities else -1)
     _plain_weight(func, bound)
-    return _result(func(**bound), out_layout, like)
+    try:
+        return _result(func(**bound), out_layout, like)
+    except IndexError as error:
+        wrong = outside(bound["target"], bound["input"].shape[1]) & (bound["target"] != bound.get("ignore_index", -100))
+        raise row_error(error, out_layout, wrong) from error
 
 
 def _plain_weight(func: Any, bound: dict[str, Any]) -> None:
