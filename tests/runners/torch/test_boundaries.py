@@ -131,3 +131,37 @@ def test_partial_windows_and_several_train_splits(tmp_path):
         assert runner.global_step == 6 and runner.micro_step == 2 * (7 + 2)
         assert sorted(runner.seen) == sorted(2 * (list(range(50)) + list(range(1000, 1016))))
         assert set(runner.results[2]) == {"train", "more", "val"}
+
+
+def test_the_best_of_several_evaluations_in_an_epoch_stays_the_best(tmp_path):
+    """A later one of the same epoch takes its place in the history, and must not become the best for that."""
+    losses = [3.0, 1.0, 2.0, 2.0, 1.5, 0.5]  # at updates 2, 4, 6 of six in an epoch
+
+    class Scripted(Tiny):
+        def evaluate_epoch(self, split):
+            return {"loss": losses[self.global_step // 2 - 1]}
+
+    config = tiny_config(tmp_path, epochs=2, eval_interval="2 steps", checkpoint__interval=0, patience=4)
+    config["auto_resume"] = True
+    found = []
+
+    def note(runner, event):
+        if event.payload["metrics"]["loss"] != 3.0:  # the row is not settled yet: look at the one before
+            found.append((runner.best_score, (runner.best_result or {}).get("val", {}).get("loss")))
+
+    with Scripted(config) as runner:
+        runner.on("evaluate_end", note)
+        runner.on("step", lambda r, event: r.request_stop() if event.global_step == 7 else None)
+        runner.train()
+        assert runner.best_score == 1.0 and runner.best_index == 1 and not runner.is_best
+        assert runner.results[1]["val"]["loss"] == 2.0 and runner.results.stale == 1
+        best = read_json(runner.dir / "best.json")
+        assert (best["score"], best["index"], best["global_step"]) == (1.0, 1, 4)
+        assert (runner.checkpoint_dir / "best.pointer").read_text().strip() == "step-4"
+    with Scripted(config) as again:
+        assert again.best_score == 1.0 and again.best_result["val"]["loss"] == 1.0
+        again.on("evaluate_end", note)
+        again.train()
+        assert again.best_score == 0.5 and again.is_best
+    assert found == [(3.0, 3.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)]
+    assert read_json(again.dir / "best.json")["score"] == 0.5

@@ -379,6 +379,8 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, 
             scored: whether an evaluation is part of it, which counts against `patience`.
         """
         best = self.best_result
+        if scored:
+            self.results.keep_best(index)
         self.append_result(row, index)
         improved = scored and self.latest_score is not None and self.is_best
         if improved:

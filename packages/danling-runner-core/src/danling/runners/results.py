@@ -56,6 +56,7 @@ class Results:
         self.stale = 0
         self._rows: dict[int, dict[str, Any]] = {}
         self._order: list[int] = []
+        self._kept: tuple[int, dict[str, Any]] | None = None  # a row that was the best before another took its place
         self._warned = False
 
     # ---------------------------------------------------------------- rows
@@ -80,6 +81,21 @@ class Results:
             self._rows[index] = {}
         _merge(self._rows[index], row)
         self._check_score(index)
+
+    def keep_best(self, index: int) -> None:
+        """Remember the row of an index if it is the best: another evaluation of the same epoch is to take its place.
+
+        Examples:
+            >>> results = Results()
+            >>> for loss in (0.5, 0.75):
+            ...     results.keep_best(1)
+            ...     results.append({"val": {"loss": loss}}, 1)
+            >>> results.best_result, results.is_best
+            ({'index': 1, 'val': {'loss': 0.5}}, False)
+        """
+        best = self._best()
+        if best is not None and index in self._rows and best[1] is self._rows[index]:
+            self._kept = index, copy.deepcopy(best[1])
 
     def __len__(self) -> int:
         return len(self._order)
@@ -110,8 +126,8 @@ class Results:
     @property
     def best_result(self) -> dict[str, Any] | None:
         """A copy of the best row with its `index`; None when no row has a score."""
-        index = self.best_index
-        return None if index is None else self._result(index)
+        best = self._best()
+        return None if best is None else {"index": best[0], **copy.deepcopy(best[1])}
 
     def _result(self, index: int) -> dict[str, Any]:
         return {"index": index, **copy.deepcopy(self._rows[index])}
@@ -137,7 +153,10 @@ class Results:
 
     def score_at(self, index: int) -> float | None:
         """The score of one row; None when the row has none."""
-        return find_score(self._rows[index], self.fix_score_split(), self.score_name)
+        return self._score(self._rows[index])
+
+    def _score(self, row: Mapping[str, Any]) -> float | None:
+        return find_score(row, self.fix_score_split(), self.score_name)
 
     @property
     def scores(self) -> dict[int, float]:
@@ -153,22 +172,31 @@ class Results:
     @property
     def best_index(self) -> int | None:
         """The index of the best row, the earliest of several; None when no row has a score that is a number."""
-        best, best_score = None, None
-        for index, score in self.scores.items():
-            if is_better(score, best_score, self.direction):
-                best, best_score = index, score
+        best = self._best()
+        return None if best is None else best[0]
+
+    def _best(self) -> tuple[int, dict[str, Any]] | None:
+        best, best_score, direction = None, None, self.direction
+        rows = [(index, self._rows[index]) for index in self._order]
+        if self._kept is not None:  # it came before the one in its place
+            rows.insert(bisect.bisect_left(self._order, self._kept[0]), self._kept)
+        for index, row in rows:
+            score = self._score(row)
+            if is_better(score, best_score, direction):
+                best, best_score = (index, row), score
         return best
 
     @property
     def best_score(self) -> float | None:
         """The score of the best row."""
-        index = self.best_index
-        return None if index is None else self.score_at(index)
+        best = self._best()
+        return None if best is None else self._score(best[1])
 
     @property
     def is_best(self) -> bool:
         """Whether the last row is the best: True without rows, False when it has no score, ties go to the earlier."""
-        return not self._order or self.best_index == self._order[-1]
+        best = self._best()
+        return not self._order or best is not None and best[1] is self._rows[self._order[-1]]
 
     def _check_score(self, index: int, *, complete: bool = False) -> None:
         if self._warned or self.score_at(index) is not None:
@@ -212,6 +240,7 @@ class Results:
             "score_split": self.score_split,
             "stale": self.stale,
             "rows": {str(index): copy.deepcopy(self._rows[index]) for index in self._order},
+            "kept": None if self._kept is None else [self._kept[0], copy.deepcopy(self._kept[1])],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -224,6 +253,8 @@ class Results:
             raise ValueError(f"the saved results are counted in {state['unit']}s, this run counts {self.unit}s")
         self._rows = {int(index): copy.deepcopy(dict(row)) for index, row in state["rows"].items()}
         self._order = sorted(self._rows)
+        kept = state.get("kept")
+        self._kept = None if kept is None else (int(kept[0]), copy.deepcopy(dict(kept[1])))
         self.stale = int(state["stale"])
         if self.score_split is None:
             self.score_split = state["score_split"]
@@ -245,7 +276,11 @@ class Results:
         }
 
     def row_dict(
-        self, index: int, header: Mapping[str, Any], position: Mapping[str, Any] | None = None
+        self,
+        index: int,
+        header: Mapping[str, Any],
+        position: Mapping[str, Any] | None = None,
+        row: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The content of `latest.json` or `best.json`: one row with where it belongs.
 
@@ -253,15 +288,17 @@ class Results:
             index: which row.
             header: as in `as_dict`.
             position: `global_step` and `epoch` at which the row was complete.
+            row: a row that has lost its place at the index; None is the one there.
         """
         position = position or {}
+        row = self._rows[index] if row is None else row
         return {
             **{key: header.get(key) for key in ("name", "id", "timestamp")},
             "index": index,
             "global_step": position.get("global_step", index if self.unit == "step" else None),
             "epoch": position.get("epoch", index if self.unit == "epoch" else None),
-            "score": self.score_at(index),
-            **copy.deepcopy(self._rows[index]),
+            "score": self._score(row),
+            **copy.deepcopy(dict(row)),
         }
 
     def write(
@@ -282,19 +319,17 @@ class Results:
         crash_point("results.write")
         if not self._order:
             return
-        latest, best = self._order[-1], self.best_index
-        write_json(directory / "latest.json", self.row_dict(latest, header, position))
-        if best is not None:
-            path = directory / "best.json"
-            if best == latest:
-                write_json(path, self.row_dict(best, header, position))
-            elif not _names_index(path, best):
-                write_json(path, self.row_dict(best, header))
+        write_json(directory / "latest.json", self.row_dict(self._order[-1], header, position))
+        if (best := self._best()) is not None:
+            content = self.row_dict(best[0], header, position if self.is_best else None, best[1])
+            if self.is_best or not _names(directory / "best.json", content):
+                write_json(directory / "best.json", content)
 
 
-def _names_index(path: Path, index: int) -> bool:
+def _names(path: Path, content: Mapping[str, Any]) -> bool:
     try:
-        return read_json(path).get("index") == index
+        stored = read_json(path)
+        return all(stored.get(key) == content[key] for key in ("index", "score"))
     except (OSError, ValueError, AttributeError):
         return False
 
