@@ -1,5 +1,8 @@
 """Accumulation is the exact weighted mean: the gradients of one big batch."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -94,6 +97,19 @@ def test_loss_weights_in_batches_come_first():
     assert rule({"input": INPUTS, "target": CLASSES, "loss_weight": torch.tensor([1.0, 0.5])}) == 1.5
     with pytest.raises(ValueError, match="give it to all or to none"):
         rule({"input": INPUTS, "target": CLASSES})
+
+
+@pytest.mark.parametrize("weight", [-1, math.nan, math.inf, "3", torch.tensor(-2.0), torch.ones(3)], ids=str)
+def test_a_weight_that_is_none_is_refused(weight):
+    with pytest.raises(
+        ValueError, match="a loss_weight is a number of at least 0, a tensor without dimensions or None"
+    ):
+        WeightRule(nn.CrossEntropyLoss(), lambda batch: weight)((INPUTS, CLASSES))
+
+
+def test_weights_of_ones_own():
+    for weight, used in ((2, 2), (0.5, 0.5), (np.int64(3), 3), (torch.tensor(1.5), 1.5), (None, None)):
+        assert WeightRule(nn.CrossEntropyLoss(), lambda batch, weight=weight: weight)((INPUTS, CLASSES)) == used
 
 
 def test_an_overridden_weight_is_used(tmp_path):

@@ -76,6 +76,7 @@ PRECISION = one_of(
 TEXTS = Rule(
     "a list of names", lambda value: not isinstance(value, list) or all(isinstance(item, str) for item in value)
 )
+TEXT_OR_TEXTS = Rule("a name or a list of names", TEXTS.accepts)
 RULES = Rule("a list of mappings", lambda value: all(isinstance(item, Mapping) for item in value))
 POLICY = Rule(
     "a mapping with param_dtype, reduce_dtype, output_dtype, cast_forward_inputs",
@@ -241,7 +242,7 @@ KEYS: dict[str, Key] = {
                 "list|str?",
                 None,
                 "components or name patterns to leave out when resuming",
-                TEXTS,
+                TEXT_OR_TEXTS,
             ),
             ("last_save_model_only", "bool", False, "make the final save weights alone"),
             ("export_dtype", "str?", None, "precision of that final save", DTYPE),

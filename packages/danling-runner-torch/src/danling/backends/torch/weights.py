@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -100,7 +102,8 @@ class WeightRule:
         (3, 7)
 
     Raises:
-        ValueError: when called, for a batch without `loss_weight` after one that had it, or the reverse.
+        ValueError: when called, for a batch without `loss_weight` after one that had it, or the reverse; and for a weight
+            of the user's that is none.
     """
 
     __slots__ = ("of_target", "_override", "_adds", "given")
@@ -122,13 +125,25 @@ class WeightRule:
             self.given = has
         if has:
             weight = batch["loss_weight"]
-            return _host(weight.sum()) if isinstance(weight, Tensor) else weight
+            return _checked(weight.sum() if isinstance(weight, Tensor) else weight)
         if self._override is not None:
-            return self._override(batch)
+            return _checked(self._override(batch))
         if self._adds:
             return None
         target = None if self.of_target is None else _packed(batch)
         return samples_in(batch) if target is None else self.of_target(target)  # type: ignore[misc]
+
+
+def _checked(weight: Weight) -> Weight:
+    """A weight of the user's; those on a device are not looked at, which would wait for it."""
+    if isinstance(weight, Tensor) and weight.dim() == 0:
+        weight = _host(weight)
+        if isinstance(weight, Tensor):
+            return weight
+    if weight is None or isinstance(weight, Real) and 0 <= float(weight) < math.inf:
+        return weight
+    shown = f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+    raise ValueError(f"a loss_weight is a number of at least 0, a tensor without dimensions or None, got {shown}")
 
 
 def _host(weight: Weight) -> Weight:
