@@ -94,9 +94,11 @@ def test_what_a_listener_raises_about_an_error_is_chained_to_it(tmp_path):
     def fail_again(runner, event):
         raise KeyError("while reporting")
 
+    ended = []
+    runner.on("end", lambda runner, event: ended.append(event.payload["error"]))
     with pytest.raises(KeyError, match="while reporting") as caught:
         runner.train()
-    assert caught.value.__cause__ is original
+    assert caught.value.__cause__ is original and ended == [original]
     assert json.loads((runner.dir / "summary.json").read_text())["error"]["message"] == "the real reason"
 
 

@@ -31,8 +31,10 @@ class Ending(_Host):
             self._outcome = ("interrupted" if interrupted else "failed", None)
             self._error = error
             try:
-                self.emit("exception", error=error)
-                self.emit("end", error=error)
+                try:
+                    self.emit("exception", error=error)
+                finally:
+                    self.emit("end", error=error)
             finally:
                 self.close()
             raise

@@ -218,7 +218,7 @@ class Callbacks(MutableSequence[Any]):
         """Add a callback before the one at ``index``.
 
         Raises:
-            ValueError: when it listens to none of the events, misspells one, or has state under a name already taken.
+            ValueError: when it listens to none of the events, or has state under a name already taken.
         """
         entry = self._entry(callback)
         own = self._own()
