@@ -37,6 +37,12 @@ def test_pad_and_unpad(batch: Batch, more: int) -> None:
     padded = ops.pad(values, batch.offsets, None, longest, fill)
     assert_bitwise(padded, reference.pad(values, batch.offsets, None, longest, fill))
     assert_bitwise(ops.unpad(padded, batch.offsets, None, batch.rows), values)
+    lengths = torch.tensor(batch.lengths, dtype=torch.int64)
+    for each in (ops, reference):
+        rows, offsets, most = each.unpad_lengths(padded, lengths)
+        assert_bitwise(rows, values)
+        assert_bitwise(offsets, batch.offsets)
+        assert most == batch.longest
     other = batch.data(longest[0], len(batch.lengths)).transpose(0, 1)  # batch second, as in `batch_first=False`
     expected = reference.unpad(other, batch.offsets, None, batch.rows)
     assert_bitwise(ops.unpad(other, batch.offsets, None, batch.rows), expected)

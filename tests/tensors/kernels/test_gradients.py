@@ -28,6 +28,7 @@ CASES = {
     "pad two ragged dims": (lambda v: kernels.pad(v, OFFSETS, SIZES, [5, 3], ZERO), (rand(9, 2),)),
     "unpad": (lambda p: kernels.unpad(p, OFFSETS, None, 9), (rand(4, 6, 2),)),
     "unpad two ragged dims": (lambda p: kernels.unpad(p, OFFSETS, SIZES, 9), (rand(4, 5, 3),)),
+    "unpad_lengths": (lambda p: kernels.unpad_lengths(p, OFFSETS.diff())[0], (rand(4, 6, 2),)),
     "pack": (lambda a, b: kernels.pack([a, b]), (rand(2, 3), rand(1, 3))),
     "pack kernel": (lambda a, b: gradients.pack([a, b]), (rand(2, 3), rand(1, 3))),
     "pad_list": (lambda a, b: kernels.pad_list([a, b], [3], ZERO), (rand(2, 3), rand(1, 3))),
@@ -104,6 +105,7 @@ def test_only_what_needs_gradients_records_them() -> None:
 ARGUMENTS = {
     "pad": (rand(9, 2), OFFSETS, None, [6], ZERO),
     "unpad": (rand(4, 6, 2), OFFSETS, None, 9),
+    "unpad_lengths": (rand(4, 6, 2), OFFSETS.diff()),
     "pack": ([rand(2, 3), rand(1, 3)],),
     "pad_list": ([rand(2, 3), rand(1, 3)], [3], ZERO),
     "prefix_lengths": (torch.tensor([[True, False], [False, True]]),),

@@ -19,6 +19,14 @@ def _call(name: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(construct, name)(*args, **kwargs)
 
 
+def _quick_padded(padded: Any, lengths: Any) -> Any:
+    """`danling.tensors.quick.from_padded`, which takes this name on first use: it needs this module first."""
+    global _quick_padded
+    from danling.tensors.quick import from_padded as _quick_padded
+
+    return _quick_padded(padded, lengths)
+
+
 class Constructors:
     """Ways into a NestedTensor besides its constructor; keywords of the constructor are welcome in each."""
 
@@ -83,6 +91,10 @@ class Constructors:
             >>> NestedTensor.from_padded(torch.tensor([[1, 2], [3, 9]]), [2, 1]).tolist()
             [[1, 2], [3]]
         """
+        if not ctor and not torch.compiler.is_compiling():
+            found = _quick_padded(padded, lengths)
+            if found is not None:
+                return found
         return _call("from_padded", padded, lengths, **ctor)
 
     @classmethod

@@ -94,22 +94,24 @@ class Segments:
 
     __slots__ = ("batch_size", "k", "rows", "max_sizes", "_sizes", "_offsets", "_table", "_hash", "_cache")
 
+    rows: int
     max_sizes: tuple[int, ...]
+    _sizes: Tensor | None
+    _offsets: Tensor | None
+    _table: list[int] | None
+    _hash: int | None
+    _cache: dict[Any, Any]
     symbolic = False
     """Whether the lengths are unknown because a graph is being traced; see `danling.tensors.tracing`."""
 
     def __init__(self, sizes: Tensor | None, table: list[int] | None = None) -> None:
-        # With one ragged dim the Python list alone is enough; tensors are made when asked for.
         self._sizes = sizes
-        self._offsets: Tensor | None = None
         self._table = table
-        self._hash: int | None = None
-        self._cache: dict[Any, Any] = {}
-        if sizes is None:
+        if sizes is None:  # with one ragged dim the Python list alone is enough; the rest follows in __getattr__
             assert table is not None
             self.batch_size, self.k = len(table), 1
-        else:
-            self.batch_size, self.k = sizes.shape
+            return
+        self.batch_size, self.k = sizes.shape
         if self.k == 0:
             self.rows = self.batch_size
             self.max_sizes = ()
@@ -126,13 +128,32 @@ class Segments:
             self.rows = int(self.offsets[-1])
             self.max_sizes = tuple(max(table[j :: self.k], default=0) for j in range(self.k))
 
+    def __getattr__(self, name: str) -> Any:
+        # Building segments must cost next to nothing, so the rest is made when it is asked for.
+        build = _FOLLOWING_LENGTHS.get(name)
+        if build is None:
+            raise AttributeError(f"Segments has no attribute {name!r}")
+        value = build(self)
+        setattr(self, name, value)
+        return value
+
+    @classmethod
+    def of_offsets(cls, offsets: Tensor, rows: int, longest: int) -> Segments:
+        """One ragged dim, from CPU int64 offsets `(B+1,)` that are known to be right, their end and the largest length."""
+        out = cls.__new__(cls)
+        out._sizes, out._offsets, out._table = None, offsets, None
+        out.batch_size, out.k, out.rows, out.max_sizes = offsets.shape[0] - 1, 1, rows, (longest,)
+        return out
+
     @property
     def sizes(self) -> Tensor:
         """CPU int64 `(B, k)`."""
         if self._sizes is None:
-            table = self.table
             with host():
-                self._sizes = int64_tensor(table).view(-1, 1)
+                if self._table is not None:
+                    self._sizes = int64_tensor(self._table).view(-1, 1)
+                else:
+                    self._sizes = self.offsets.diff()[:, None]
         return self._sizes
 
     @property
@@ -154,10 +175,9 @@ class Segments:
     def table(self) -> list[int]:
         """All sizes as one flat list, element by element."""
         if self._table is None:
-            assert self._sizes is not None
-            if is_traced(self._sizes):
+            if is_traced(self.sizes):
                 raise LengthsError
-            self._table = self._sizes.flatten().tolist()
+            self._table = self.sizes.flatten().tolist()
         return self._table
 
     @property
@@ -241,6 +261,15 @@ class Segments:
         return Segments, (self.sizes,)
 
 
+_FOLLOWING_LENGTHS: dict[str, Any] = {
+    "rows": lambda segments: sum(segments.table),
+    "max_sizes": lambda segments: (max(segments.table, default=0),),
+    "_offsets": lambda segments: None,
+    "_hash": lambda segments: None,
+    "_cache": lambda segments: {},
+}
+
+
 class Layout:
     """The immutable structure of a `NestedTensor`.
 
@@ -298,34 +327,19 @@ class Layout:
         batch_first: bool = True,
     ) -> None:
         init = object.__setattr__
-        rank = len(ragged_dims) + len(static_sizes)
-        if ragged_dims == (0,):
-            static_dims = tuple(range(1, rank))
-            element: tuple[int, ...] = (segments.max_sizes[0], *static_sizes)
-        else:
-            static_dims = tuple(d for d in range(rank) if d not in ragged_dims)
-            sizes = [0] * rank
-            for d, size in zip(ragged_dims, segments.max_sizes):
-                sizes[d] = size
-            for d, size in zip(static_dims, static_sizes):
-                sizes[d] = size
-            element = tuple(sizes)
         init(self, "segments", segments)
         init(self, "ragged_dims", ragged_dims)
         init(self, "static_sizes", static_sizes)
-        init(self, "static_dims", static_dims)
-        init(self, "permutation", ragged_dims + static_dims)
         init(self, "batch_first", batch_first)
-        init(self, "rank", rank)
-        batch = segments.batch_size
-        if batch_first or rank == 0:
-            init(self, "shape", torch.Size((batch, *element)))
-        else:
-            init(self, "shape", torch.Size((element[0], batch, *element[1:])))
-        init(self, "_sizes", None)
-        init(self, "last_static", rank > 0 and rank - 1 not in ragged_dims)
-        init(self, "_derived", {})
-        init(self, "_equal", None)
+
+    def __getattr__(self, name: str) -> Any:
+        # Building a layout must cost next to nothing, so the rest is made when it is asked for.
+        build = _FOLLOWING.get(name)
+        if build is None:
+            raise AttributeError(f"Layout has no attribute {name!r}")
+        value = build(self)
+        object.__setattr__(self, name, value)
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Layout is immutable; use replace({name}=...) to get a new one")
@@ -525,3 +539,26 @@ class Layout:
 
     def __copy__(self) -> Layout:
         return self
+
+
+def _padded_shape(layout: Layout) -> torch.Size:
+    sizes = layout.segments.max_sizes
+    element = [0] * layout.rank
+    for d, size in zip(layout.ragged_dims, sizes):
+        element[d] = size
+    for d, size in zip(layout.static_dims, layout.static_sizes):
+        element[d] = size
+    element.insert(layout.batch_dim, layout.segments.batch_size)
+    return torch.Size(element)
+
+
+_FOLLOWING: dict[str, Any] = {
+    "rank": lambda layout: len(layout.ragged_dims) + len(layout.static_sizes),
+    "_sizes": lambda layout: None,
+    "_derived": lambda layout: {},
+    "_equal": lambda layout: None,
+    "static_dims": lambda layout: tuple(d for d in range(layout.rank) if d not in layout.ragged_dims),
+    "permutation": lambda layout: layout.ragged_dims + layout.static_dims,
+    "shape": _padded_shape,
+    "last_static": lambda layout: layout.rank > 0 and layout.rank - 1 not in layout.ragged_dims,
+}

@@ -164,8 +164,8 @@ def _from_list(elements: list[Any]) -> NestedTensor | None:
     return _from_list(elements)
 
 
-_DEFAULTS = (None, None, None, False, True, 0.0, False, None)
-"""Settings of the constructor when none is given."""
+_ZERO = 0.0
+"""The padding value when none is given."""
 
 
 class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tensor):  # type: ignore[override]
@@ -224,23 +224,27 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
         requires_grad: bool | None = None,
         pin_memory: bool = False,
         batch_first: bool = True,
-        padding_value: Any = 0.0,
+        padding_value: Any = _ZERO,
         mask_value: bool = False,
         ragged_dims: int | Iterable[int] | None = None,
     ) -> NestedTensor:
-        if len(tensors) == 1 and type(tensors[0]) is list and tensors[0]:
-            settings = (dtype, device, requires_grad, pin_memory, batch_first, padding_value, mask_value, ragged_dims)
-            if settings == _DEFAULTS and type(padding_value) is float:
-                found = _from_list(tensors[0])
-                if found is not None:
-                    return found
+        if (
+            len(tensors) == 1
+            and type(tensors[0]) is list
+            and dtype is device is requires_grad is ragged_dims is None
+            and pin_memory is mask_value is False
+            and batch_first is True
+            and padding_value is _ZERO
+        ):
+            found = _from_list(tensors[0])
+            if found is not None:
+                return found
         return _build(
             tensors, dtype, device, requires_grad, pin_memory, batch_first, padding_value, mask_value, ragged_dims
         )
 
-    def __init__(self, *tensors: Any, **settings: Any) -> None:
-        # Everything is done in __new__; torch.Tensor.__init__ takes no arguments.
-        pass
+    # Everything is done in __new__; torch.Tensor.__init__ takes no arguments, and one in Python costs a call.
+    __init__ = object.__init__  # type: ignore[assignment]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

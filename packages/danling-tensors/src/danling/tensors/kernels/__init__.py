@@ -37,6 +37,7 @@ __all__ = [
     "segment_softmax_backward",
     "segment_sum",
     "unpad",
+    "unpad_lengths",
 ]
 
 
@@ -84,6 +85,26 @@ def unpad(padded: Tensor, offsets: Tensor, sizes: Tensor | None, rows: int) -> T
         tensor([1, 2, 3])
     """
     return gradients.unpad(padded, offsets, sizes, rows)
+
+
+def unpad_lengths(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Padded tensor and lengths to packed rows, with what else there is to know of the batch, in one call.
+
+    Args:
+        padded: ``(B, L, *S)`` of any dtype.
+        lengths: int64 ``(B,)`` on the same device, each within 0 and ``L``.
+
+    Returns:
+        Contiguous ``(rows, *S)``, the int64 offsets ``(B + 1,)``, and the largest length.
+
+    Raises:
+        RuntimeError: for wrong devices, dtypes or ranks, or lengths out of range.
+
+    Examples:
+        >>> unpad_lengths(torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]))
+        (tensor([1, 2, 3]), tensor([0, 2, 3]), 2)
+    """
+    return gradients.unpad_lengths(padded, lengths)
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:

@@ -139,6 +139,20 @@ unpad: Callable = _differentiable(
 )
 
 
+def _unpad_lengths_setup(ctx: Any, inputs, output) -> None:
+    values, ctx.offsets, _ = output
+    ctx.sizes, ctx.rows, ctx.max_sizes = None, values.shape[0], inputs[0].shape[1:2]
+    ctx.mark_non_differentiable(ctx.offsets)
+
+
+unpad_lengths: Callable = _differentiable(
+    "unpad_lengths",
+    _unpad_lengths_setup,
+    lambda ctx, grad, *_: (_pad_zero(ctx, grad), None),
+    lambda ctx, tangent, *_: (_unpad_as(ctx, tangent), None, None),
+)
+
+
 def _pack_setup(ctx: Any, inputs, output) -> None:
     ctx.shapes = [tensor.shape for tensor in inputs[0]]
     ctx.like = output.detach()

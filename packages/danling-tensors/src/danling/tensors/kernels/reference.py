@@ -80,6 +80,16 @@ def unpad(padded: Tensor, offsets: Tensor, sizes: Tensor | None, rows: int) -> T
     return flat.index_select(0, source).view(padded.dtype)
 
 
+def unpad_lengths(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, int]:
+    if padded.dim() < 2 or lengths.dtype != torch.int64 or lengths.shape != padded.shape[:1]:
+        raise RuntimeError("danling: lengths must be int64, (B,), one for each element of padded")
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    bounds = torch.stack([lengths.amin(), lengths.amax(), offsets[-1]]).tolist() if len(lengths) else [0, 0, 0]
+    if bounds[0] < 0 or bounds[1] > padded.shape[1]:
+        raise RuntimeError(f"danling: lengths must be within 0 and {padded.shape[1]}, the padded size")
+    return unpad(padded, offsets, None, bounds[2]), offsets, bounds[1]
+
+
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         raise RuntimeError("danling: pack needs at least one tensor")

@@ -44,6 +44,13 @@ def _(padded, offsets, sizes, rows):
     return padded.new_empty((rows, *padded.shape[1 + (1 if sizes is None else sizes.shape[1]) :]))
 
 
+@_fake("unpad_lengths")
+def _(padded, lengths):
+    context = torch.library.get_ctx()
+    rows, longest = context.new_dynamic_size(), context.new_dynamic_size()
+    return padded.new_empty((rows, *padded.shape[2:])), lengths.new_empty((lengths.shape[0] + 1,)), longest
+
+
 @_fake("pack")
 def _(tensors):
     return tensors[0].new_empty((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]))

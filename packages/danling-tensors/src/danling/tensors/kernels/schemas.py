@@ -5,6 +5,7 @@ import hashlib
 SCHEMAS = {
     "pad": "(Tensor values, Tensor offsets, Tensor? sizes, SymInt[] max_sizes, Tensor fill) -> Tensor",
     "unpad": "(Tensor padded, Tensor offsets, Tensor? sizes, SymInt rows) -> Tensor",
+    "unpad_lengths": "(Tensor padded, Tensor lengths) -> (Tensor, Tensor, SymInt)",
     "pack": "(Tensor[] tensors) -> Tensor",
     "pad_list": "(Tensor[] tensors, SymInt[] max_sizes, Tensor fill) -> Tensor",
     "prefix_lengths": "(Tensor mask) -> Tensor",
