@@ -107,7 +107,7 @@ def test_equal_to_one_process(tmp_path, script):
         {"run": "d", "dataloader__batch_size": 12, "optim__type": None, "tiny__bound": True},
     ]
     (one,) = run(tmp_path / "one", 1, script, *({"stack": "torch", **COMMON, **case} for case in cases))
-    plugins = [{}, UNITS, {}, UNITS]
+    plugins = [{"cpu_offload": True}, UNITS, {"reshard_after_forward": False}, UNITS]
     two = run(
         tmp_path / "two",
         2,
@@ -120,7 +120,9 @@ def test_equal_to_one_process(tmp_path, script):
     )
     whole = one[0]["held"]
     for case, plugin, expected, found, other in zip(cases, plugins, one, *two, strict=True):
-        assert found["units"] == (3 if plugin else 1) and found["held"] + other["held"] == whole > found["held"]
+        assert (
+            found["units"] == (3 if plugin is UNITS else 1) and found["held"] + other["held"] == whole > found["held"]
+        )
         for name in ("model", "average", "results", "entries", "norms"):
             assert flat(found[name]) == pytest.approx(flat(expected[name]), rel=1e-9), (case["run"], name)
         assert list(found["model"]) == list(expected["model"]) and len(found["entries"]) == 21

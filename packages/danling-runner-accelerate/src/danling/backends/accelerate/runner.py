@@ -42,6 +42,7 @@ class AccelerateRunner(Sharding, TorchRunner):
     stack: ClassVar[str | None] = "accelerate"
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
     axes: ClassVar[frozenset[str]] = frozenset()
+    fused: ClassVar[frozenset[str]] = frozenset({"forward_context", "backpropagate"})
     features: ClassVar[frozenset[str]] = frozenset({"dcp"})
     conformance: ClassVar[dict[str, Any]] = {"bitwise": True}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from danling.backends.torch.averaging import ShardedEMA
 from danling.backends.torch.export import cast_floating
@@ -22,6 +22,8 @@ _Host: Any = object  # part of AccelerateRunner: what is used here and not defin
 
 class Sharding(_Host):
     """The part of `AccelerateRunner` that is about an FSDP2 plugin; without one, nothing here does anything."""
+
+    fused: ClassVar[frozenset[str]] = frozenset({"train_context"})
 
     model: Any
     ema: Any
@@ -50,6 +52,8 @@ class Sharding(_Host):
         state, plugin = self.accelerator.state, self.settings.fsdp
         if self.is_sharded and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+            if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+                plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no device to pin memory for
             if state.mixed_precision != "no":
                 plugin.set_mixed_precision(state.mixed_precision)
 
