@@ -1,4 +1,4 @@
-"""Two ranks decide together: stop, skip, save; and they stay in step when their data is uneven.
+"""Guarantee 7: two ranks decide together to stop, skip and save; and they stay in step when their data is uneven.
 
 One pair of processes runs all scenarios one after the other, which also shows that a group can be made again and again.
 """
