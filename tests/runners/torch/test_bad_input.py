@@ -48,6 +48,21 @@ def test_no_model(tmp_path):
         NoModel(tiny_config(tmp_path))
 
 
+def test_no_configuration():
+    for given in ("train.yaml", 3, ["epochs", 3]):
+        with pytest.raises(TypeError, match="a configuration is a RunnerConfig or a mapping.*from_yaml"):
+            Tiny(given)
+
+
+def test_a_constructor_that_forgets_its_base():
+    class Forgetful(Tiny):
+        def __init__(self, config):
+            self.model = nn.Linear(4, 3)
+
+    with pytest.raises(TypeError, match=r"Forgetful.__init__ has to call super\(\).__init__\(config\)"):
+        Forgetful({})
+
+
 def test_no_train_split(tmp_path):
     class NoTrain(Tiny):
         def __init__(self, config):
@@ -208,6 +223,8 @@ def test_a_score_split_that_is_not_evaluated(tmp_path):
         with pytest.warns(UserWarning, match=r"no score: no split 'vla' was evaluated \(train, val\)") as caught:
             runner.train()
     assert len(caught) == 1
+    with Tiny(tiny_config(tmp_path)) as runner:  # who asks for no evaluation expects no score
+        runner.train(evaluate_splits=[])
 
 
 def test_a_row_that_names_no_split(tmp_path):

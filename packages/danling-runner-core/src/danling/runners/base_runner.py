@@ -43,6 +43,8 @@ class RunnerMeta(ABCMeta):
         runner: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
         try:
             type(runner).__init__(runner, *args, **kwargs)
+            if "config" not in runner.__dict__:
+                raise TypeError(f"{cls.__name__}.__init__ has to call super().__init__(config) first")
             runner.__post_init__()
         except BaseException as error:
             runner._abandon(error)
@@ -386,7 +388,7 @@ class BaseRunner(StateViews, ResultViews, IdentityViews, Persistence, Services, 
         if improved:
             self._best_at = self.global_step, self.micro_step
         if scored:
-            self.results.count_evaluation()
+            self.results.count_evaluation(scored=not set(row) <= set(self.train_splits))
         for split, values in row.items():
             event = "epoch" if split in self.train_splits else "evaluate"
             self.trackers.log(split, values, global_step=self.global_step, epoch=self.epoch, event=event)

@@ -243,7 +243,16 @@ class RunnerConfig(Config, metaclass=_Meta):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> RunnerConfig:
-        """Return a validated copy of a configuration or mapping; the original is not touched."""
+        """Return a validated copy of a configuration or mapping; the original is not touched.
+
+        Raises:
+            ConfigError: see `validate`.
+            TypeError: it is neither.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                f"a configuration is a RunnerConfig or a mapping, got {config!r}; RunnerConfig.from_yaml reads a file"
+            )
         if isinstance(config, RunnerConfig):
             with config.unlocked():  # chanfig cannot copy a frozen config
                 copied = config.deepcopy()

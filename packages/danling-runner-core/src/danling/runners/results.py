@@ -215,9 +215,13 @@ class Results:
 
     # ------------------------------------------------------------ patience
 
-    def count_evaluation(self) -> bool:
-        """Count one complete evaluation of the last row; returns `exhausted`."""
-        if self._order:
+    def count_evaluation(self, *, scored: bool = True) -> bool:
+        """Count one complete evaluation of the last row; returns `exhausted`.
+
+        Args:
+            scored: whether a score is to be expected; without one, this is warned about once.
+        """
+        if scored and self._order:
             self._check_score(self._order[-1], complete=True)
         self.stale = 0 if self.is_best else self.stale + 1
         return self.exhausted
