@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from danling.backends.accelerate import AccelerateRunner
 from danling.backends.torch import TorchRunner
 from danling.runners import ConfigError
+from support.shortcut import both_ways
 from support.tiny import Tiny, final_state, tiny_config
 
 
@@ -232,3 +233,13 @@ def test_the_configuration_chooses_it(tmp_path):
         assert isinstance(runner, AccelerateRunner) and runner.stack == "accelerate"
         assert runner.device.type == "cpu" == runner.accelerator.device.type
         runner.train()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_grad_norm": 0.1, "skip_nonfinite_grad": True, "infinite": True}], ids=str
+)
+def test_the_short_way_through_an_update_gives_the_bits_of_the_long_one(tmp_path, settings):
+    short, long = both_ways(tmp_path, stack="accelerate", **settings)
+    assert (short[0], long[0]) == (True, False)
+    assert short[1:] == long[1:]
+    assert short[-1] == 2 + 2 * bool(settings)

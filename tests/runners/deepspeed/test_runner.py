@@ -17,6 +17,7 @@ from danling.backends.deepspeed import DeepSpeedRunner
 from danling.backends.torch import TorchRunner
 from danling.runners import CheckpointError, ConfigError, ResumeError
 from danling.runners.cli import main
+from support.shortcut import both_ways
 from support.tiny import Tiny, tiny_config
 
 # Under the other stages these tests run with the slow ones.
@@ -67,6 +68,15 @@ def saved(tmp_path_factory):
 
 
 # Training
+
+
+@pytest.mark.parametrize("stage", TWO_STAGES)
+def test_the_short_way_through_an_update_gives_the_bits_of_the_long_one(tmp_path, stage):
+    zero = {"zero_optimization": {"stage": stage}}
+    short, long = both_ways(tmp_path, infinite=True, stack="deepspeed", deepspeed=zero, skip_nonfinite_grad=True)
+    assert (short[0], long[0]) == (True, False)
+    assert short[1:] == long[1:]
+    assert short[-1] == 4
 
 
 @pytest.mark.parametrize("stage", range(4))

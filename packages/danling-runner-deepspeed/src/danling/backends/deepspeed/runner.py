@@ -57,6 +57,7 @@ class DeepSpeedRunner(TorchRunner):
     stack: ClassVar[str | None] = "deepspeed"
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
     axes: ClassVar[frozenset[str]] = frozenset()
+    fused: ClassVar[frozenset[str]] = frozenset({"train_context", "forward_context", "forward", "backpropagate"})
     features: ClassVar[frozenset[str]] = frozenset()
     conformance: ClassVar[dict[str, Any]] = {"dtype": "float32", "tolerance": 1e-5, "bf16": 3e-2}
 

@@ -43,7 +43,6 @@ def is_plain(runner: TorchRunner) -> bool:
     """Whether nothing between a batch and its update is special in this run."""
     from .runner import TorchRunner
 
-    own = type(runner)
     return (
         not runner.distributed
         and runner.ft is None
@@ -52,9 +51,15 @@ def is_plain(runner: TorchRunner) -> bool:
         and runner.precision.dtype is None
         and runner.grad_scaler is None
         and runner.criterion is not None
-        and all(getattr(own, name) is getattr(TorchRunner, name) for name in FUSED)
+        and all(_is_fused(type(runner), TorchRunner, name) for name in FUSED)
         and not any(name in runner.__dict__ for name in FUSED)
     )
+
+
+def _is_fused(own: type, base: type, name: str) -> bool:
+    """Whether a hook is torch's own, or one of an engine that says it may be passed over; see `TorchRunner.fused`."""
+    definer = next(cls for cls in own.__mro__ if name in vars(cls))
+    return issubclass(base, definer) or name in vars(definer).get("fused", ())
 
 
 def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], bool | None]:
@@ -64,8 +69,13 @@ def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], boo
         runner: of which `is_plain` holds.
         feed: the pass, after its first window.
     """
+    from .training import Training
+
     state, meter, weigh = runner.state.train, runner._meters[True]["loss"], runner.weigh
     of_target = weigh.of_target if type(weigh) is WeightRule and not weigh.given else None
+    own: Any = type(runner)
+    forward = None if own.forward is Training.forward else runner.forward
+    backpropagate = None if own.backpropagate is Training.backpropagate else runner.backpropagate
     special = False  # batches are no pairs of tensors
 
     def train(until: float, bar: Any) -> bool | None:
@@ -83,6 +93,7 @@ def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], boo
             return None
         model, criterion, metrics = runner.model, runner.criterion, runner._train_metrics
         supervisor, update = runner.supervisor, runner.bare_update()
+        feed.window.index = 0  # of the window before, which stands for all of these: each is one micro-batch
         applied = True
         try:
             while True:
@@ -103,7 +114,7 @@ def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], boo
                 if type(weight) not in _NUMBERS or not weight > 0:
                     feed.put_back(batch)
                     return None
-                prediction = model(source)
+                prediction = model(source) if forward is None else forward(model, source)
                 loss: Any = criterion(
                     prediction, target
                 )  # the last one lives until here: with it, torch keeps what adds
@@ -113,7 +124,10 @@ def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], boo
                 del prediction
                 if type(loss) is not Tensor or loss.dim():
                     runner.check_loss(loss)
-                loss.backward()
+                if backpropagate is None:
+                    loss.backward()
+                else:
+                    backpropagate(loss)
                 state.micro_step += 1
                 if update is None:
                     applied = runner.optimizer_step()

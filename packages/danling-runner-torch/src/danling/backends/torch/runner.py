@@ -26,11 +26,16 @@ class TorchRunner(Replicas, Training, Evaluation, Building, Restoring, Distribut
 
     One process runs on the accelerator of its rank, or on the CPU; several, under `torchrun`, train one model with
     DistributedDataParallel. Claims every guarantee.
+
+    Attributes:
+        fused: hooks that an engine overrides so that one process training in float32 may pass over them (contexts), or call
+            them without what is around them (`forward`, `backpropagate`). It holds for the class that defines it alone.
     """
 
     stack: ClassVar[str | None] = "torch"
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
     features: ClassVar[frozenset[str]] = frozenset({"dcp", "ft"})
+    fused: ClassVar[frozenset[str]] = frozenset()
     conformance: ClassVar[dict[str, Any]] = {"bitwise": True}
     export_checkpoint = staticmethod(export_checkpoint)
 
