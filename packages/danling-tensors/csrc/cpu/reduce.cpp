@@ -13,9 +13,9 @@ namespace {
 // ones lose what __restrict says.
 template <typename T>
 DANLING_APART void add_rows(
-    Sum<T>* __restrict out, const T* __restrict x, int64_t rows, int64_t columns, bool far) {
+    Sum<T>* __restrict out, const T* __restrict x, int64_t rows, int64_t columns, int64_t ahead) {
   using Acc = Sum<T>;
-  constexpr int64_t kStep = 32; // compilers write out shorter loops instead of turning them into vector code
+  constexpr int64_t kStep = 16;
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4, x += 4 * columns) {
     const T* __restrict b = x + columns;
@@ -23,9 +23,10 @@ DANLING_APART void add_rows(
     const T* __restrict d = c + columns;
     int64_t i = 0;
     for (; i + kStep <= columns; i += kStep) {
-      if (far) {
-        fetch_ahead(x + 4 * i, 4 * kStep * static_cast<int64_t>(sizeof(T)));
+      if (ahead > 0) {
+        fetch_ahead(x + 4 * i, ahead, 4 * kStep * static_cast<int64_t>(sizeof(T)));
       }
+#pragma GCC unroll 1 // written out, this short loop would not become vector code
       for (int64_t j = i; j < i + kStep; ++j) {
         out[j] += (static_cast<Acc>(x[j]) + static_cast<Acc>(b[j])) + (static_cast<Acc>(c[j]) + static_cast<Acc>(d[j]));
       }
@@ -43,14 +44,14 @@ DANLING_APART void add_rows(
 
 // total[c] = sum over rows of column c, in blocks so that rounding errors stay small
 template <typename T>
-void sum_rows(Sum<T>* __restrict total, Scratch<Sum<T>>& scratch, const T* x, int64_t rows, int64_t columns, bool far) {
+void sum_rows(Sum<T>* __restrict total, Scratch<Sum<T>>& scratch, const T* x, int64_t rows, int64_t columns, int64_t ahead) {
   constexpr int64_t kBlock = 128;
   std::fill(total, total + columns, Sum<T>(0));
-  add_rows<T>(total, x, std::min(rows, kBlock), columns, far);
+  add_rows<T>(total, x, std::min(rows, kBlock), columns, ahead);
   for (int64_t first = kBlock; first < rows; first += kBlock) {
     Sum<T>* __restrict block = scratch.resize(columns);
     std::fill(block, block + columns, Sum<T>(0));
-    add_rows<T>(block, x + first * columns, std::min(rows - first, kBlock), columns, far);
+    add_rows<T>(block, x + first * columns, std::min(rows - first, kBlock), columns, ahead);
     for (int64_t i = 0; i < columns; ++i) {
       total[i] += block[i];
     }
@@ -59,14 +60,14 @@ void sum_rows(Sum<T>* __restrict total, Scratch<Sum<T>>& scratch, const T* x, in
 
 template <typename T>
 void sum_kernel(const Segments& s, const T* in, SumResult<T>* out, bool mean) {
-  const bool far = is_far(s.rows * s.columns * static_cast<int64_t>(sizeof(T)));
+  const int64_t ahead = distance(s.rows * s.columns * static_cast<int64_t>(sizeof(T)));
   s.each([&](int64_t i, int64_t first, int64_t count) {
     thread_local Scratch<Sum<T>> totals;
     thread_local Scratch<Sum<T>> blocks;
     const Wide wide(count, s.columns);
     Sum<T>* total = totals.resize(wide.lanes);
     const T* x = in + first * s.columns;
-    sum_rows<T>(total, blocks, x, wide.rows, wide.lanes, far);
+    sum_rows<T>(total, blocks, x, wide.rows, wide.lanes, ahead);
     for (int64_t l = 0; l < wide.tail; ++l) {
       total[l] += static_cast<Sum<T>>(x[wide.rows * wide.lanes + l]);
     }
@@ -159,7 +160,7 @@ const V* widen(const T* from, int64_t size, V* room) {
 // many but where infinities of both signs meet. `room` takes four widened rows.
 template <bool kLargest, typename V, typename Index, typename T>
 DANLING_APART void extremum_rows(
-    const T* x, int64_t rows, int64_t lanes, V* best, Index* where, V* sum, V* room, bool far) {
+    const T* x, int64_t rows, int64_t lanes, V* best, Index* where, V* sum, V* room, int64_t ahead) {
   using Vector = Vectors<V>;
   using Values = typename Vector::Values;
   using Indices = typename Vector::Indices;
@@ -177,8 +178,8 @@ DANLING_APART void extremum_rows(
     const Indices first = Indices{} + static_cast<Index>(r);
     const Indices third = Indices{} + static_cast<Index>(r + 2);
     for (int64_t l = 0; l < whole; l += kStep, next += 4 * kStep) {
-      if (far) {
-        fetch_ahead(next, 4 * kStep * static_cast<int64_t>(sizeof(T)));
+      if (ahead > 0) {
+        fetch_ahead(next, ahead, 4 * kStep * static_cast<int64_t>(sizeof(T)));
       }
       const Values a = Vector::template load<Values>(row_a + l);
       const Values b = Vector::template load<Values>(row_b + l);
@@ -232,7 +233,7 @@ void extremum_kernel(const Segments& s, const T* in, T* out, int64_t* positions,
   using V = Ordered<T>;
   using Index = typename Vectors<V>::Index;
   constexpr int64_t kChunk = int64_t{1} << 30; // wide rows that an Index can count
-  const bool far = is_far(s.rows * s.columns * static_cast<int64_t>(sizeof(T)));
+  const int64_t ahead = distance(s.rows * s.columns * static_cast<int64_t>(sizeof(T)));
   s.each([&](int64_t i, int64_t first, int64_t count) {
     const int64_t columns = s.columns;
     T* y = out + i * columns;
@@ -254,16 +255,19 @@ void extremum_kernel(const Segments& s, const T* in, T* out, int64_t* positions,
     Index* where = places.resize(lanes); // wide row in its chunk, -1 if an earlier chunk has the best value
     int64_t* at = wide.fold == 1 ? p : wide_rows.resize(lanes); // wide row
     std::fill(best, best + lanes, worst<kLargest, V>());
-    std::fill(at, at + lanes, int64_t{0});
     V sum = V(0);
     for (int64_t chunk = 0; chunk == 0 || chunk < wide.rows; chunk += kChunk) {
-      std::fill(where, where + lanes, Index{-1});
+      std::fill(where, where + lanes, chunk == 0 ? Index{0} : Index{-1});
       const int64_t rows = std::min(wide.rows - chunk, kChunk);
       const T* from = x + chunk * lanes;
-      extremum_rows<kLargest>(from, rows, lanes, best, where, &sum, room, far);
+      extremum_rows<kLargest>(from, rows, lanes, best, where, &sum, room, ahead);
       if (chunk + rows == wide.rows) {
         extremum_row<kLargest>(
             widen<V>(from + rows * lanes, wide.tail, room), best, where, &sum, wide.tail, static_cast<Index>(rows));
+      }
+      if (chunk == 0) {
+        std::copy(where, where + lanes, at);
+        continue;
       }
       for (int64_t l = 0; l < lanes; ++l) {
         at[l] = where[l] >= 0 ? chunk + where[l] : at[l];

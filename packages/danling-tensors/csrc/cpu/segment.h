@@ -122,17 +122,21 @@ struct Wide {
   }
 };
 
-// Where kernels read several rows at once, the CPU's own prefetcher loses the thread: they ask for what lies this far ahead, in
-// the order of memory.
-constexpr int64_t kAhead = 4096;
 constexpr int64_t kLine = 64; // bytes of a cache line
 
-// Asks for `bytes` of memory from `kAhead` behind `data` on. It may lie behind the end of the buffer, which is harmless.
-inline void fetch_ahead(const void* data, int64_t bytes) {
-  const uintptr_t from = reinterpret_cast<uintptr_t>(data) + kAhead;
+// Asks for `bytes` of memory that lie `ahead` of `data`. They may lie behind the end of the buffer, which is harmless.
+inline void fetch_ahead(const void* data, int64_t ahead, int64_t bytes) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(data) + ahead;
   for (int64_t at = 0; at < bytes; at += kLine) {
     __builtin_prefetch(reinterpret_cast<const void*>(from + at));
   }
+}
+
+// Where kernels read several rows at once, the CPU's own prefetcher loses the thread: they ask for what lies ahead, in the order of
+// memory. How far ahead depends on where data of this size are likely to be: in the nearest caches (0, which is not at all), in
+// the last one, or outside.
+inline int64_t distance(int64_t bytes) {
+  return bytes <= (int64_t{1} << 20) ? 0 : bytes <= (int64_t{1} << 24) ? 4096 : 8192;
 }
 
 // Memory for one value per lane, to be kept from element to element. It begins with a cache line: vectors that straddle two are
@@ -149,11 +153,6 @@ class Scratch {
  private:
   std::vector<V> memory_;
 };
-
-// Whether data of this size are likely to lie outside the nearest caches
-inline bool is_far(int64_t bytes) {
-  return bytes > (int64_t{1} << 20);
-}
 
 // Runs body with a value of the C++ type behind the dtype; complex types are seen as pairs of their real type.
 template <typename Body>

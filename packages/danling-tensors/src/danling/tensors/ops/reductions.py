@@ -22,32 +22,28 @@ class Plan:
 
     Attributes:
         whole: Everything is reduced, to a 0-d tensor.
-        groups: How rows come together; `None` when only static dims are reduced.
+        batch: The batch is reduced.
+        reduced: Element dims that are; `ragged` the ragged ones among them, by number.
         static: Dims of `values` that are reduced, ascending.
+        all_rows: The batch and every ragged dim are reduced, i.e. dim 0 of `values`.
+        groups: How rows come together; `None` when only static dims are reduced.
     """
+
+    whole: bool
+    batch: bool
+    reduced: set[int]
+    ragged: tuple[int, ...]
+    static: tuple[int, ...]
+    all_rows: bool
+    groups: Groups | None
 
     def __init__(self, func: Any, x: NestedTensor, dim: Any, keepdim: bool) -> None:
         layout = x._layout
-        self.func, self.x, self.layout, self.keepdim = func, x, layout, keepdim
-        dims = [dim] if isinstance(dim, int) else list(dim or ())
-        self.dim = dim
-        element = [layout.element_dim(d) for d in dims]
-        if len(set(element)) != len(element):
-            raise RuntimeError(f"{names(func)}: a dim appears twice in {tuple(dims)}")
-        self.whole = not dims
-        self.batch = None in element or self.whole
-        reduced = set(range(layout.rank)) if self.whole else {d for d in element if d is not None}
-        self.ragged = tuple(j for j, d in enumerate(layout.ragged_dims) if d in reduced)
-        self.static = tuple(1 + j for j, d in enumerate(layout.static_dims) if d in reduced)
-        self.reduced = reduced
-        self.groups: Groups | None = None
-        if (self.batch or self.ragged) and not self.all_rows:
-            self.groups = group_rows(layout, self.batch, self.ragged)
-
-    @property
-    def all_rows(self) -> bool:
-        """Whether the batch and every ragged dim are reduced, i.e. dim 0 of `values`."""
-        return self.batch and len(self.ragged) == self.layout.segments.k
+        self.func, self.x, self.layout, self.keepdim, self.dim = func, x, layout, keepdim, dim
+        dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
+        # The same for every call with these dims, and not for nothing.
+        parts = layout.derive(("reduced", dims), lambda: _reduced(func, layout, dims))
+        self.whole, self.batch, self.reduced, self.ragged, self.static, self.all_rows, self.groups = parts
 
     @property
     def counts(self) -> Tensor:
@@ -144,6 +140,21 @@ class Plan:
             return per_group
         offsets = self.groups.on("offsets", per_group.device)
         return kernels.segment_expand(per_group, offsets, self.layout.rows)
+
+
+def _reduced(func: Any, layout: Layout, dims: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What `Plan` tells of dims."""
+    element = [layout.element_dim(d) for d in dims]
+    if len(set(element)) != len(element):
+        raise RuntimeError(f"{names(func)}: a dim appears twice in {dims}")
+    whole = not dims
+    batch = None in element or whole
+    reduced = set(range(layout.rank)) if whole else {d for d in element if d is not None}
+    ragged = tuple(j for j, d in enumerate(layout.ragged_dims) if d in reduced)
+    static = tuple(1 + j for j, d in enumerate(layout.static_dims) if d in reduced)
+    all_rows = batch and len(ragged) == layout.segments.k
+    groups = group_rows(layout, batch, ragged) if (batch or ragged) and not all_rows else None
+    return whole, batch, reduced, ragged, static, all_rows, groups
 
 
 def run(
@@ -331,7 +342,7 @@ def segment_pick(plan: Plan, values: Tensor, largest: bool) -> tuple[Tensor, Ten
     plan.need_values()
     source = values.to(torch.uint8) if values.dtype == torch.bool else values
     best, at = (kernels.segment_max if largest else kernels.segment_min)(source, _offsets(plan, values))
-    return best.to(values.dtype), _positions(plan, at)
+    return best if source is values else best.to(values.dtype), _positions(plan, at)
 
 
 def _positions(plan: Plan, at: Tensor) -> Tensor:
