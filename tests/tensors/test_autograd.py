@@ -335,6 +335,46 @@ dist.destroy_process_group()
 """
 
 
+RAGGED_WEIGHT = """
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from danling.tensors import NestedTensor
+
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+
+
+class Tables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Parameter(torch.ones(5, 4) * (rank + 1))
+
+    def forward(self, x):
+        return x * NestedTensor.from_lengths(self.values, [2, 3])
+
+
+ddp = nn.parallel.DistributedDataParallel(Tables())
+x = NestedTensor(torch.ones(2, 4), torch.ones(3, 4)) * (rank + 1)
+ddp(x).sum().backward()
+torch.testing.assert_close(ddp.module.values, torch.ones(5, 4))
+torch.testing.assert_close(ddp.module.values.grad, torch.full((5, 4), 1.5))
+whole = nn.ParameterList([nn.Parameter(NestedTensor(torch.ones(2), torch.ones(3)))])
+try:
+    nn.parallel.DistributedDataParallel(whole)
+except RuntimeError as error:
+    assert "leaf" in str(error)
+else:
+    raise AssertionError("gradients of a NestedTensor parameter would not be synchronised")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_takes_ragged_weights_as_packed_ones():
+    assert [r.returncode for r in run_ranks(RAGGED_WEIGHT, 2)] == [0, 0]
+
+
 @pytest.mark.parametrize("settings", [(), ("find_unused_parameters",), ("static_graph",)])
 def test_ddp(settings):
     assert [r.returncode for r in run_ranks(DDP, 2, settings)] == [0, 0]
