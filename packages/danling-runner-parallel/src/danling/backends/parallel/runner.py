@@ -344,10 +344,9 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     def send_header(self, *, weight: float = 0.0, samples: int = 0, tokens: int = 0, **flags: Any) -> None:
         """Begin to tell all ranks about the window in hand: every part of the data once, requests of every rank."""
         counts_loss, counts_data = self._counts
-        flags["never"] = flags.get("never", False) and counts_data
-        super().send_header(
-            weight=weight * counts_loss, samples=samples * counts_data, tokens=tokens * counts_data, **flags
-        )
+        if not counts_data:
+            samples, tokens, flags["never"] = 0, 0, False
+        super().send_header(weight=weight if counts_loss else 0.0, samples=samples, tokens=tokens, **flags)
 
     @cached_property
     def _counts(self) -> tuple[bool, bool]:

@@ -184,21 +184,21 @@ class Feed:
         samples, tokens = self._count(batches[:real])
         if weights:
             self._sums = weights[0] is None
-        first = self._rng is not None
-        facts: dict[str, Any] = {
-            "weight": 0.0 if self._sums else float(sum(map(_number, weights))),
-            "samples": samples,
-            "tokens": int(_number(tokens)),
-            "present": bool(batches),
-            "left": not self.exhausted,
-            "never": not batches and self._last_batch is _END and self._start == 0 and self.batches == 0,
-            "abort": self.interrupted,
-        }
+        weight = 0.0 if self._sums else float(sum(map(_number, weights)))
+        tokens, first = int(_number(tokens)), self._rng is not None
         if self._completes and not first and real == self.accum_steps:
-            runner.send_header(**facts)  # on its way during the forward pass
+            runner.send_header(weight=weight, samples=samples, tokens=tokens, present=True, left=not self.exhausted)
             self._last_batch = batches[-1]
-            return window.open(batches, weights, awaited=self._receive)
-        header = runner.window_header(**facts)
+            return window.open(batches, weights, awaited=self._receive)  # the header travels during the forward pass
+        header = runner.window_header(
+            weight=weight,
+            samples=samples,
+            tokens=tokens,
+            present=bool(batches),
+            left=not self.exhausted,
+            never=not batches and self._last_batch is _END and self._start == 0 and self.batches == 0,
+            abort=self.interrupted,
+        )
         if header.abort or (first and header.stop):
             self._interrupt()
             return None
