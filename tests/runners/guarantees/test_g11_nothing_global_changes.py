@@ -109,6 +109,20 @@ def test_the_world_is_as_it_was(tmp_path, asked, ending):
     assert without_ours(copyreg.dispatch_table) == tables
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_runs_side_by_side_end_in_any_order(tmp_path, order):
+    before = world()
+    asked = ASKED["everything"]
+    runners = [Tiny(tiny_config(tmp_path, name=f"run{number}", epochs=1, **asked)) for number in range(3)]
+    for number in order:
+        assert torch.are_deterministic_algorithms_enabled() and not gc.isenabled()
+        runners[number].train()
+        runners[number].close()
+    after = world()
+    for name, value in before.items():
+        assert after[name] == value, name
+
+
 def test_while_it_runs_streams_and_print_are_pythons_own(tmp_path):
     kept = print, sys.stdout, sys.stderr
     seen = []

@@ -9,7 +9,8 @@ import signal
 import threading
 from enum import IntEnum
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 from .problems import Problems
 
@@ -117,6 +118,7 @@ class Supervisor:
             self.logger.warning("signals are not handled: the runner was built outside the main thread")
             return False
         self._pid = os.getpid()
+        _installed.add(self)
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return True
@@ -129,6 +131,10 @@ class Supervisor:
             number, previous = self._previous.popitem()
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
+            for other in _installed:  # a run begun later that ends later gives back what was there before this one
+                if other._previous.get(number) == self._handle:
+                    other._previous[number] = previous
+        _installed.discard(self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a forked child inherited the handler: behave as if it had not
@@ -173,19 +179,30 @@ class Supervisor:
 
 
 class _GarbageCollection:
+    _disabled: ClassVar[int] = 0  # runs that have switched the automatic one off
+    _was_enabled: ClassVar[bool] = True
+
     def __init__(self, interval: int, generation: int, disable_automatic: bool) -> None:
         if interval < 1 or generation not in (0, 1, 2):
             raise ValueError(f"gc.interval must be >= 1 and gc.generation 0, 1 or 2; got {interval} and {generation}")
         self.interval, self.generation = interval, generation
-        self.was_enabled = gc.isenabled()
+        self.disables = disable_automatic
         if disable_automatic:
+            cls = _GarbageCollection
+            if not cls._disabled:
+                cls._was_enabled = gc.isenabled()
+            cls._disabled += 1
             gc.collect()
             gc.disable()
 
     def hand_back(self) -> None:
-        if self.was_enabled:
-            gc.enable()
+        if self.disables:
+            cls = _GarbageCollection
+            cls._disabled -= 1
+            if not cls._disabled and cls._was_enabled:
+                gc.enable()
 
 
+_installed: WeakSet[Supervisor] = WeakSet()  # whose handlers are in place, or will be put back by others
 _SIGUSR1 = getattr(signal, "SIGUSR1", None)
 _SIGNALS = tuple(number for number in (signal.SIGTERM, signal.SIGINT, _SIGUSR1) if number is not None)

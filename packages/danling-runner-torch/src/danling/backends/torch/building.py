@@ -17,6 +17,7 @@ from .activation import apply_activation_checkpointing
 from .buckets import fix_buckets
 from .compiling import compile_model, load_artifacts, save_artifacts
 from .data import build_dataloader, is_map_style
+from .determinism import ask_for_determinism
 from .ema import EMASchedule, build_ema
 from .fp8 import convert_to_fp8
 from .payload import clean_name
@@ -379,31 +380,7 @@ class Building(_Host):
 
     def set_deterministic(self) -> None:
         """Deterministic algorithms, cuDNN and cuBLAS, TF32 off; everything is put back at close."""
-        import os
-
-        backends = torch.backends
-        before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-            backends.cudnn.benchmark,
-            backends.cudnn.deterministic,
-            backends.cudnn.allow_tf32,
-            backends.cuda.matmul.allow_tf32,
-        )
-        variable = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-
-        def restore() -> None:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            backends.cudnn.benchmark, backends.cudnn.deterministic = before[2:4]
-            backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32 = before[4:6]
-            if variable is None:
-                os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-
-        self._closing("deterministic", restore)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        backends.cudnn.benchmark, backends.cudnn.deterministic = False, True
-        backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+        self._closing("deterministic", ask_for_determinism())
 
 
 def _copy(metrics: Any) -> Any:
