@@ -1,7 +1,8 @@
 """What ranks do in the pipeline tests: run one configuration after the other and write what came out, one file per rank.
 
 Keys of a configuration that start with `x_` are for this file: `x_stop: [rank, update]` asks for a stop there, `x_model` names
-a model below, `x_seed` biases the seed of the weights by rank, `x_fails` expects an error.
+a model below, `x_seed` biases the seed of the weights by rank, `x_stream` reads the training data as a stream, `x_fails` expects
+an error.
 """
 
 from __future__ import annotations
@@ -113,14 +114,25 @@ class Noisy(Points):
         return (-x, (target + 1) % 3, place) if flip else (x, target, place)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """The same points one after the other."""
+
+    def __init__(self, points: Points) -> None:
+        self.points = points
+
+    def __iter__(self) -> Any:
+        return (self.points[index] for index in range(len(self.points)))
+
+
 class Staged(Runner):
     def __init__(self, config: Any, options: dict[str, Any]) -> None:
         super().__init__(config)
         torch.manual_seed(7 + self.rank * options.get("x_seed", 0))
-        self.options = options
+        self.options = options = {**options, "precision": self.config.precision}
         self.model = MODELS[options.get("x_model", "sequential")](options.get("x_dropout", 0.0))
+        dtype = torch.float32 if options.get("precision") else torch.float64
         if self.model is not None:
-            self.model.double()
+            self.model.to(dtype)
         if options.get("x_parts") and hasattr(self, "model_parts"):  # stages made by hand instead of a model
             names = sequential_names(self.model, 2)
             self.model, self.model_parts = None, list(cut_by_names(self.model, names, [self.rank]).values())
@@ -129,8 +141,10 @@ class Staged(Runner):
         self.datasets.train = (Noisy if options.get("x_noisy") else Points)(options.get("x_count", 49))
         self.datasets.val = Points(21, seed=1)
         for dataset in self.datasets.values():
-            dataset.inputs = dataset.inputs.double()
+            dataset.inputs = dataset.inputs.to(dtype)
             dataset.targets[::5] = -1
+        if options.get("x_stream"):
+            self.datasets.train = Stream(self.datasets.train)
         self.metrics = multiclass_metrics(num_classes=3, ignore_index=-1) if options.get("x_metrics") else None
         self.losses: list[float] = []
         self.norms: list[float] = []

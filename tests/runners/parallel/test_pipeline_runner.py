@@ -108,8 +108,19 @@ def test_two_stages_equal_one_process(start, tmp_path):
         close(own[0]["losses"], [loss for loss in one[index]["losses"] if not math.isnan(loss)], what)  # all ignored
 
 
+def test_two_stages_in_bf16(start, tmp_path):
+    half = {**COMMON, **SGD, "precision": "bf16", "max_grad_norm": 0.05, "accum_steps": 2}
+    ((one,),) = start(tmp_path / "one", 1, [{"stack": "torch", **half}])
+    ranks = start(tmp_path / "two", 2, [{**half, **PIPELINE}])
+    for (found,) in ranks:
+        close(found["results"], one["results"], "results", rel=2e-2)
+        close(found["norms"], one["norms"], "norms", rel=5e-2)
+        assert found["results"] == ranks[0][0]["results"] and found["results"] != one["results"]
+
+
 WIDE = {
     "four stages": (SGD, {"parallel__axes__pipeline": 4}),
+    "a stream through four stages": ({**SGD, "x_stream": True, "accum_steps": 3}, {"parallel__axes__pipeline": 4}),
     "sharded stages": (
         {**ADAMW, "accum_steps": 2, "ema__enabled": True},
         {"parallel__axes__shard": 2, "dataloader__batch_size": 4, "parallel__pipeline_n_microbatches": 2},
@@ -145,6 +156,7 @@ def test_four_ranks_equal_one_process(start, tmp_path):
         ["Tensor"],
         ["list"],
     ]  # positions between the ends
+    assert [rank[1]["read"] for rank in four] == [["list"]] * 4  # where a stream ends only it knows
 
 
 def test_first_and_last_stage_augment_alike(start, tmp_path):
