@@ -45,7 +45,8 @@ def test_reduction(board: Board, name: str, elements: int, width: int) -> None:
     mask, lengths = mask[..., None], batch.lengths[:, None]
     result = call(batch)
     expected = torch.stack([ELEMENT[name](part) for part in parts])
-    torch.testing.assert_close(result[0] if name == "max" else result, expected)
+    # Both round as they add up, each in its own order.
+    torch.testing.assert_close(result[0] if name == "max" else result, expected, rtol=1e-5, atol=1e-4)
     case, against = f"{name}, {elements} x 256 x {width}", "values.sum(-1)"
 
     def one_pass() -> Tensor:

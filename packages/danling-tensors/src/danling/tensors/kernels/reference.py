@@ -136,7 +136,9 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
 def _segment_sum_float(values: Tensor, offsets: Tensor) -> Tensor:
     if not values.numel():
         return values.new_zeros(offsets.shape[0] - 1, *values.shape[1:])
-    return torch.segment_reduce(values.contiguous(), "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+    # It adds one row after another: over a million of them, float32 would keep three digits.
+    wide = values.contiguous().double()
+    return torch.segment_reduce(wide, "sum", offsets=offsets, axis=0, unsafe=True, initial=0).to(values.dtype)
 
 
 def segment_mean(values: Tensor, offsets: Tensor) -> Tensor:

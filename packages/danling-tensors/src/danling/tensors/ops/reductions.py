@@ -440,8 +440,11 @@ def var(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         for d in plan.static:
             centre = centre.unsqueeze(d)
         off = wide - centre
+        del centre, wide  # each is as large as the values
         square = (off * off.conj()).real if off.is_complex() else off * off
+        del off
         total = segment_sum(plan, square)
+        del square
         out = total / _divisor(plan, total, correction)
         if name.startswith("std"):
             out = _safe_sqrt(out)
@@ -571,13 +574,16 @@ def dist(func: Any, x: Any, y: Any, p: float = 2.0) -> Tensor:
 
 @register("reduction", "trapezoid", "trapz", "cumulative_trapezoid")
 def trapezoid(func: Any, y: NestedTensor, x: Any = None, *, dx: float = 1.0, dim: int = -1) -> Any:
-    if x is not None and not isinstance(x, NestedTensor) and x.dim() == 1:
-        d = y._layout.element_dim(dim)
-        if d is not None:
-            x = x.reshape([-1 if e == d else 1 for e in range(y._layout.rank)])
-    steps = dx if x is None else _differences(x, y, dim)
-    left, right = _without_last(y, dim), _without_first(y, dim)
-    pieces = (left + right) * (steps * 0.5)
+    d = y._layout.element_dim(dim)
+    ends = _without_last(y, dim) + _without_first(y, dim)
+    if x is None:
+        steps: Any = dx
+    elif not isinstance(x, NestedTensor) and x.dim() == 1 and d is not None:
+        steps = x.diff().reshape([-1 if e == d else 1 for e in range(y._layout.rank)])
+    else:
+        steps = _differences(x, y, dim)
+    pieces = ends * (steps * 0.5)
+    del ends, steps  # as large as the values
     return torch.cumsum(pieces, dim) if names(func).startswith("cumulative") else torch.sum(pieces, dim)
 
 
