@@ -108,14 +108,13 @@ class Autograd:
     @grad.setter
     def grad(self, value: Any) -> None:
         from danling.tensors.nested_tensor import NestedTensor
+        from danling.tensors.packing import difference
 
         root, outside = self._root()
         if isinstance(value, NestedTensor):
             if value._layout != self._layout:  # type: ignore[attr-defined]
-                raise ValueError(
-                    f"grad must have the tensor's own structure {self._layout}, "  # type: ignore[attr-defined]
-                    f"got {value._layout}"
-                )
+                why = difference(value._layout, self._layout)  # type: ignore[attr-defined]
+                raise ValueError(f"grad must have the tensor's own structure, but it {why}")
             value = value._values
         elif value is not None:
             raise TypeError(f"grad of a NestedTensor must be a NestedTensor or None, got {type(value).__name__}")
@@ -250,13 +249,14 @@ def packed_grad(x: Any, grad: Any) -> Tensor | None:
         ValueError: Another layout, or a dense tensor that has not `.shape`.
     """
     from danling.tensors.nested_tensor import NestedTensor, values_of
-    from danling.tensors.packing import to_packed
+    from danling.tensors.packing import difference, to_packed
 
     if grad is None:
         return None
     if isinstance(grad, NestedTensor):
         if grad._layout != x._layout:
-            raise ValueError(f"the gradient's structure {grad._layout} is not that of the tensor, {x._layout}")
+            why = difference(grad._layout, x._layout)
+            raise ValueError(f"the gradient must have the tensor's own structure, but it {why}")
         return values_of(grad)
     if grad.shape == x.shape:
         return to_packed(grad, x._layout)

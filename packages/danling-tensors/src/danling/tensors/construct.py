@@ -13,7 +13,7 @@ from torch import Tensor
 from danling.tensors import kernels
 from danling.tensors.layout import Layout, LengthsError, Segments, int64_tensor, is_traced
 from danling.tensors.nested_tensor import NestedTensor, layout_of, values_of, wrap
-from danling.tensors.packing import check_bool, check_number, pack_elements, structure_of, to_packed
+from danling.tensors.packing import check_bool, check_number, difference, pack_elements, structure_of, to_packed
 
 # What is asked of every element: C functions, because thousands of elements are asked.
 _rank_of: Any = torch._C.TensorBase.dim
@@ -541,7 +541,7 @@ def nested_like(x: NestedTensor, tensor: Tensor, strict: bool = True) -> NestedT
     layout = x._layout
     if isinstance(tensor, NestedTensor):
         if tensor._layout != layout:
-            raise ValueError(f"nested_like needs an equal structure: {tensor._layout} is not {layout}")
+            raise ValueError(f"nested_like needs an equal structure, but tensor {difference(tensor._layout, layout)}")
         return wrap(values_of(tensor).clone(), layout, x._flags)
     tensor = _dense("tensor", tensor)
     if tensor.shape == layout.shape:

@@ -194,6 +194,22 @@ def make_mask(layout: Layout, device: torch.device, mask_value: bool) -> Tensor:
     return mask.logical_not() if mask_value else mask.clone(memory_format=torch.contiguous_format)
 
 
+def difference(found: Layout, wanted: Layout) -> str:
+    """Say in words how one structure differs from another, and at which element."""
+    if found.batch_size != wanted.batch_size:
+        return f"has batch size {found.batch_size}, not {wanted.batch_size}"
+    if found.rank != wanted.rank:
+        return f"has elements of {found.rank} dims, not {wanted.rank}"
+    if found.batch_first != wanted.batch_first and found.rank and wanted.rank:
+        return f"has batch_first={found.batch_first}, not {wanted.batch_first}; use transpose(0, 1)"
+    for i, (a, b) in enumerate(zip(found.element_shapes(), wanted.element_shapes())):
+        if a != b:
+            return f"has shape {tuple(a)} in element {i}, not {tuple(b)}"
+    if found.ragged_dims == wanted.ragged_dims:
+        return f"has static sizes {found.static_sizes}, not {wanted.static_sizes}"
+    return f"has ragged dims {found.ragged_dims}, not {wanted.ragged_dims}"
+
+
 def check_bool(name: str, value: Any) -> bool:
     """`value` if it is a bool, else `TypeError`."""
     if not isinstance(value, bool):

@@ -13,6 +13,7 @@ from danling.tensors.layout import Layout, LengthsError, Segments, int64_tensor,
 from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
 from danling.tensors.ops.base import named_error
 from danling.tensors.ops.table import register
+from danling.tensors.packing import difference
 
 CHUNK = 1024
 """Queries of one call where a mask or weights of `(chunk, keys)` would be held."""
@@ -87,7 +88,7 @@ def equal_lengths(x: Tensor, batch: int, length: int) -> Segments:
 def check_batch(q: NestedTensor, k: NestedTensor, v: NestedTensor) -> None:
     """Keys and values share their lengths, all share the batch size."""
     if k._layout.segments != v._layout.segments:
-        raise ValueError(f"key and value must have the same lengths: {k._layout} and {v._layout}")
+        raise ValueError(f"key and value must have the same lengths, but value {difference(v._layout, k._layout)}")
     if q._layout.batch_size != k._layout.batch_size:
         raise ValueError(f"query has batch size {q._layout.batch_size}, key {k._layout.batch_size}")
 

@@ -14,7 +14,7 @@ from danling.tensors.ops.base import first_nested, like, names
 from danling.tensors.ops.rows import take_elements
 from danling.tensors.ops.shape import insert_dim
 from danling.tensors.ops.table import register
-from danling.tensors.packing import to_packed
+from danling.tensors.packing import difference, to_packed
 
 
 def _sequence(args: tuple[Any, ...]) -> list[Any]:
@@ -110,7 +110,7 @@ def _cat_ragged(first: NestedTensor, tensors: Sequence[Tensor], d: int) -> Neste
     for p in parts[1:]:
         own = p._layout
         if own.batch_size != head.batch_size or own.rank != head.rank or own.batch_first != head.batch_first:
-            raise ValueError(f"cat: structures {head} and {own} do not fit")
+            raise ValueError(f"cat: an operand {difference(own, head)}")
         if own.static_sizes != head.static_sizes:
             raise ValueError(f"cat: static sizes {head.static_sizes} and {own.static_sizes} differ")
         if others:
@@ -200,7 +200,7 @@ def stack(func: Any, tensors: Any, dim: int = 0) -> Any:
     for t in tensors:
         if isinstance(t, NestedTensor):
             if t._layout != layout:
-                raise ValueError(f"stack needs equal structures: {layout} and {t._layout}")
+                raise ValueError(f"stack needs equal structures, but an operand {difference(t._layout, layout)}")
             parts.append(insert_dim(t, at - 1))
         else:
             parts.append(insert_dim(like(first, expand_dense(t, layout, "stack")), at - 1))

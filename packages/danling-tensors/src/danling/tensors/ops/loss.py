@@ -20,7 +20,7 @@ from danling.tensors.nested_tensor import NestedTensor, values_of, wrap
 from danling.tensors.ops.base import first_nested, names, outside, row_error
 from danling.tensors.ops.broadcast import align, expand_dense
 from danling.tensors.ops.table import register
-from danling.tensors.packing import to_packed
+from danling.tensors.packing import difference, to_packed
 
 # Which operands of a loss must have one structure, and which may be of lower rank.
 _SAME: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -58,7 +58,7 @@ def _packed(func: Any, name: str, x: Any, layout: Layout) -> Tensor:
     if isinstance(x, NestedTensor):
         if x._layout is layout or x._layout == layout:
             return values_of(x)
-        raise ValueError(f"{names(func)}: {name} {_difference(x._layout, layout)}")
+        raise ValueError(f"{names(func)}: {name} {difference(x._layout, layout)}")
     if not isinstance(x, Tensor):
         raise TypeError(f"{names(func)}: {name} must be a tensor, got {type(x).__name__}")
     if x.shape != layout.shape:
@@ -67,18 +67,6 @@ def _packed(func: Any, name: str, x: Any, layout: Layout) -> Tensor:
             f"padded shape {tuple(layout.shape)}"
         )
     return to_packed(x, layout)
-
-
-def _difference(found: Layout, wanted: Layout) -> str:
-    """Say in words how one structure differs from another, and at which element."""
-    if found.batch_size != wanted.batch_size:
-        return f"has batch size {found.batch_size}, not {wanted.batch_size}"
-    if found.batch_first != wanted.batch_first and found.rank and wanted.rank:
-        return f"has batch_first={found.batch_first}, not {wanted.batch_first}; use transpose(0, 1)"
-    for i, (a, b) in enumerate(zip(found.element_shapes(), wanted.element_shapes())):
-        if a != b:
-            return f"has shape {tuple(a)} in element {i}, not {tuple(b)}"
-    return f"has ragged dims {found.ragged_dims}, not {wanted.ragged_dims}"
 
 
 def _result(out: Tensor, layout: Layout, like: NestedTensor) -> Tensor:

@@ -11,6 +11,7 @@ from danling.tensors.layout import Layout
 from danling.tensors.nested_tensor import NestedTensor, rebind, values_of, wrap
 from danling.tensors.ops.broadcast import align
 from danling.tensors.ops.table import register
+from danling.tensors.packing import difference
 
 _NUMBERS = (int, float, bool, complex)
 
@@ -103,7 +104,9 @@ def _check_target(target: Any, layout: Layout, name: str) -> None:
         raise ValueError(f"{name}: a dense tensor cannot take a ragged result in place")
     own = target._layout
     if own.ragged_dims != layout.ragged_dims or own.rank != layout.rank or own.segments != layout.segments:
-        raise ValueError(f"{name}: the result's structure {layout} is not that of the tensor written in place, {own}")
+        raise ValueError(
+            f"{name}: the result's structure is not that of the tensor written: it {difference(layout, own)}"
+        )
 
 
 def write_out(destination: Any, out: Any, layout: Layout) -> Any:
@@ -116,7 +119,7 @@ def write_out(destination: Any, out: Any, layout: Layout) -> Any:
     for target, result in zip(targets, results):
         expected = layout.with_static(tuple(result.shape[1:]))
         if target._layout != expected:
-            raise ValueError(f"out= has the structure {target._layout}, the result {expected}")
+            raise ValueError(f"out= has not the structure of the result: it {difference(target._layout, expected)}")
         if target.dtype != result.dtype:
             raise ValueError(f"out= has dtype {target.dtype}, the result {result.dtype}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in [*targets, *results]):
