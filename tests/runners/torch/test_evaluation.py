@@ -157,3 +157,32 @@ def test_a_run_continued_from_its_checkpoint_is_the_same_run_and_forgets_the_sou
     stored.auto_resume = True
     with Tiny(stored) as newest:  # what the class left out of the identity is stored with it
         assert newest.dir == runner.dir and newest.epoch == 3
+
+
+def test_a_model_that_returns_its_own_loss(tmp_path, capsys):
+    class Squares(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return (x * self.weight).pow(2).mean()
+
+    class OwnLoss(Tiny):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model, self.criterion = Squares(), None
+            self.datasets.train = self.datasets.val = torch.utils.data.TensorDataset(self.datasets.val.inputs)
+
+        def train_step(self, data):
+            return super(Tiny, self).train_step(data)
+
+    with OwnLoss(tiny_config(tmp_path, epochs=2)) as runner:
+        runner.train()
+        inputs, weight = runner.datasets.val.tensors[0], runner.model.weight.detach()
+        assert runner.latest_score == pytest.approx((inputs * weight).pow(2).mean().item(), rel=1e-6)
+        assert runner.best_index == 2
+    with OwnLoss(tiny_config(tmp_path, epochs=2)) as runner:
+        runner.evaluate_step = lambda data: (None, None)
+        assert runner.evaluate() == {"val": {}}
+    assert "the evaluation of 'val' measured nothing" in capsys.readouterr().err

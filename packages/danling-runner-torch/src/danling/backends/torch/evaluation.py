@@ -106,8 +106,10 @@ class Evaluation(_Host):
         """Metrics of the evaluation that has just run over some batches, over all ranks."""
         meters, metrics = self._meters[False], self.evaluate_metrics
         values = plain_metrics(meters.average() if self._agree_on_names(meters) else {})
-        if not values and metrics is None or (batches == 0 and not self.distributed):
+        if batches == 0 and not self.distributed:
             self.logger.warning("the evaluation of %r saw no batch", split)
+        elif not values and metrics is None:
+            self.logger.warning("the evaluation of %r measured nothing: there is neither a loss nor a metric", split)
         if metrics is not None:
             values |= plain_metrics(_average(metrics))
         return values
@@ -128,7 +130,7 @@ class Evaluation(_Host):
         self._meters[False]["loss"].update(value, weight)
 
     def evaluate_step(self, data: Any) -> tuple[Any, Any]:
-        """Evaluate one batch: prediction, loss when there is a criterion and a target, metrics.
+        """Evaluate one batch: prediction, loss (of the criterion and a target, or the model's own), metrics.
 
         Returns:
             The prediction, and the loss or None.
@@ -136,7 +138,11 @@ class Evaluation(_Host):
         source, target = split_batch(self.to_device(data))
         with self.forward_context():
             prediction = self.forward(self.evaluation_model, source)
-            loss = None if self.criterion is None or target is None else self.criterion(prediction, target)
+            loss = None
+            if self.criterion is not None:
+                loss = None if target is None else self.criterion(prediction, target)
+            elif target is None and isinstance(prediction, Tensor) and prediction.dim() == 0:
+                loss = prediction  # the model returns its own loss
         if self.evaluate_metrics is not None and target is not None:
             self.evaluate_metrics.update(prediction, target)
         return prediction, loss
