@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from danling.backends.torch.export import cast_floating, export_checkpoint, read_safetensors, write_safetensors
+from danling.backends.torch import TorchRunner
+from danling.backends.torch.export import cast_floating, read_safetensors, write_safetensors
 from danling.backends.torch.payload import EMA, MODEL, model_state, read_weights
 from danling.backends.torch.snapshot import write_file
 from danling.runners import CheckpointError
@@ -51,8 +52,8 @@ def test_only_floating_tensors_are_cast(tmp_path, dtype, expected):
 def test_an_average_is_exported_when_there_is_one(tmp_path):
     write_file(tmp_path / MODEL, {"w": torch.zeros(1)})
     write_file(tmp_path / EMA, {"w": torch.ones(1)})
-    export_checkpoint(tmp_path, tmp_path / "a.safetensors")
-    export_checkpoint(tmp_path, tmp_path / "b.safetensors", ema=False, dtype="fp16")
+    TorchRunner.export_checkpoint(tmp_path, tmp_path / "a.safetensors")
+    TorchRunner.export_checkpoint(tmp_path, tmp_path / "b.safetensors", ema=False, dtype="fp16")
     assert read_weights(tmp_path / "a.safetensors")["w"].item() == 1
     plain = read_weights(tmp_path / "b.safetensors")["w"]
     assert plain.item() == 0 and plain.dtype == torch.float16

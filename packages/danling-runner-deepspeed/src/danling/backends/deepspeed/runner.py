@@ -400,20 +400,5 @@ class DeepSpeedRunner(TorchRunner):
             return read_weights(directory, ema=ema)
         return strip_prefixes(read_engine_weights(directory / TAG))
 
-    @classmethod
-    def export_checkpoint(cls, source: Any, path: Any, *, dtype: Any = None, ema: bool = True) -> None:
-        """Write the weights of a verified checkpoint as safetensors.
-
-        Args:
-            source: its directory.
-            path: the file to make or replace.
-            dtype: cast floating tensors.
-            ema: take the moving average when there is one.
-
-        Raises:
-            CheckpointError: the checkpoint has no weights or cannot be read.
-        """
-        write_safetensors(path, cls.checkpoint_weights(source, ema=ema), dtype=dtype)
-
 
 _OTHER_COMPONENTS = frozenset(COMPONENTS) - {"optimizer"}

@@ -70,6 +70,8 @@ class Pipelining(_Host):
     """
 
     model: Any
+    weigh: Any
+    weigh_evaluation: Any
     pipeline: Pipeline | None = None
     tied: TiedParameters | None = None
     _log_mark: tuple[float, float] | None

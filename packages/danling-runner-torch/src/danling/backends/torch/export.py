@@ -15,8 +15,6 @@ from torch import Tensor
 from danling.runners.atomic import fsync_dir, fsync_file
 from danling.runners.errors import CheckpointError
 
-from .payload import read_weights
-
 ALIASES = "aliases"
 DTYPES = {
     "fp64": torch.float64,
@@ -120,27 +118,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
-
-
-def export_checkpoint(
-    source: str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    *,
-    dtype: str | torch.dtype | None = None,
-    ema: bool = True,
-) -> None:
-    """Write the weights of a verified checkpoint as safetensors.
-
-    Args:
-        source: its directory.
-        path: the file to make or replace.
-        dtype: cast floating tensors.
-        ema: take the moving average when there is one.
-
-    Raises:
-        CheckpointError: the checkpoint has no weights or cannot be read.
-    """
-    write_safetensors(path, read_weights(source, ema=ema), dtype=dtype)
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -48,7 +48,8 @@ def broadcast_state(module: nn.Module, group: Any = None) -> None:
 def broadcast_buffers(buffers: Sequence[Tensor], group: Any = None) -> None:
     """Give all ranks of a group the buffers of the first of them, few messages for many; without a group, all ranks."""
     if buffers:
-        dist._broadcast_coalesced(group or dist.group.WORLD, list(map(local_tensor, buffers)), BROADCAST_BYTES, 0)
+        ranks: Any = group or dist.group.WORLD
+        dist._broadcast_coalesced(ranks, list(map(local_tensor, buffers)), BROADCAST_BYTES, 0)
 
 
 class Buffers:

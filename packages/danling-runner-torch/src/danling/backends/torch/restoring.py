@@ -325,6 +325,23 @@ class Restoring(Sharded):
         """
         return read_weights(directory, ema=ema)
 
+    @classmethod
+    def export_checkpoint(
+        cls, source: str | os.PathLike[str], path: str | os.PathLike[str], *, dtype: Any = None, ema: bool = True
+    ) -> None:
+        """Write the weights of a verified checkpoint of this stack as safetensors.
+
+        Args:
+            source: its directory.
+            path: the file to make or replace.
+            dtype: cast floating tensors.
+            ema: take the moving average when there is one.
+
+        Raises:
+            CheckpointError: the checkpoint has no weights or cannot be read.
+        """
+        write_safetensors(path, cls.checkpoint_weights(Path(source), ema=ema), dtype=dtype)
+
 
 def _take_in(kept: Any, state: Mapping[str, Any]) -> None:
     """Add what another rank had measured to meters or metrics."""

@@ -13,7 +13,6 @@ from danling.runners.base_runner import BaseRunner
 from .building import Building
 from .distributed import Distributed
 from .evaluation import Evaluation
-from .export import export_checkpoint
 from .replicas import Replicas
 from .restoring import Restoring
 from .training import MUTED, Training
@@ -37,7 +36,6 @@ class TorchRunner(Replicas, Training, Evaluation, Building, Restoring, Distribut
     features: ClassVar[frozenset[str]] = frozenset({"dcp", "ft"})
     fused: ClassVar[frozenset[str]] = frozenset()
     conformance: ClassVar[dict[str, Any]] = {"bitwise": True}
-    export_checkpoint = staticmethod(export_checkpoint)
 
     @staticmethod
     def summary_writer(directory: str, purge_step: int | None = None) -> Any:

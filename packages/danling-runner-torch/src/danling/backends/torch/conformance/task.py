@@ -76,7 +76,7 @@ class Task(Runner):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        options = {"dropout": 0.0, "norm": False, "augment": False, "poison": None, "shares": None}
+        options: dict[str, Any] = {"dropout": 0.0, "norm": False, "augment": False, "poison": None, "shares": None}
         options |= self.config.get("task", {})
         self.options = options
         dtype = getattr(torch, options.get("dtype", "float64"))
