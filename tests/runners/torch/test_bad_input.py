@@ -211,6 +211,15 @@ def test_a_wrong_train_step(tmp_path, step, error, message):
             runner.train()
 
 
+def test_a_runner_that_is_closed(tmp_path):
+    with Tiny(tiny_config(tmp_path, epochs=1)) as runner:
+        runner.train()
+    for call, error in ((runner.train, RuntimeError), (runner.save_checkpoint, CheckpointError)):
+        with pytest.raises(error, match="this runner is closed"):
+            call()
+    assert runner.evaluate()["val"]["loss"] > 0
+
+
 def test_a_split_that_does_not_exist(tmp_path):
     with Tiny(tiny_config(tmp_path)) as runner:
         for call in (runner.train_epoch, lambda split: runner.evaluate([split]), lambda split: runner.train([split])):

@@ -80,6 +80,7 @@ class Persistence(_Host):
     _periodic = False
     _checked: Path | None = None  # a checkpoint whose files the main process has verified for all ranks
     _best_at: tuple[int, int] | None = None
+    _closed: bool
 
     # State
 
@@ -175,6 +176,8 @@ class Persistence(_Host):
         self._store_save("final", [], final=True, force=False, kind="model")
 
     def _store_save(self, target: str, aliases: list[str], *, final: bool, force: bool, kind: str = "full") -> None:
+        if self._closed:
+            raise CheckpointError("this runner is closed: its directory may be another run's by now")
         self.trackers.sync()
         self._store.save(target, Snapshot(self, kind), self._meta(kind), tuple(aliases), final=final, force=force)
         self.supervisor.save_done()
