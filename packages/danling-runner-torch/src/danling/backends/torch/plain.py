@@ -33,8 +33,6 @@ FUSED = (
     "step",
     "record_loss",
 )
-
-
 _NUMBERS = (int, float)
 _SEQUENCES = (list, tuple)
 
@@ -115,10 +113,9 @@ def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], boo
                     feed.put_back(batch)
                     return None
                 prediction = model(source) if forward is None else forward(model, source)
-                loss: Any = criterion(
-                    prediction, target
-                )  # the last one lives until here: with it, torch keeps what adds
-                # gradients to parameters, instead of making it anew in every forward
+                # The last loss lives until here: with it torch keeps the nodes that add gradients to parameters, instead of
+                # making them anew in every forward.
+                loss: Any = criterion(prediction, target)
                 if metrics is not None:
                     metrics.update(prediction, target)
                 del prediction
