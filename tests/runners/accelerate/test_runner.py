@@ -228,6 +228,20 @@ def test_a_wrong_argument_is_refused_before_anything_is_written(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"precision": "fp16"}, "precision 'fp16' needs an accelerator"),
+        ({"ft__enabled": True}, "ft.enabled.*stack 'torch' or 'parallel'"),
+        ({"parallel__axes__shard": 2}, "parallel.axes.shard: 2.*stack 'parallel'"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_anything_is_written(tmp_path, config, words):
+    with pytest.raises(ConfigError, match=words):
+        Accelerated(tiny_config(tmp_path, **config))
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_configuration_chooses_it(tmp_path):
     with Tiny(tiny_config(tmp_path, epochs=1, accelerate={"cpu": True})) as runner:
         assert isinstance(runner, AccelerateRunner) and runner.stack == "accelerate"

@@ -70,7 +70,7 @@ def misgivings(config: Mapping[str, Any]) -> list[str]:
 FEATURES = (
     ("checkpoint.backend", "dcp", "dcp", "it is for sharded state; use 'file'"),
     ("fsdp.enabled", True, "fsdp", "stack 'parallel' shards the model"),
-    ("ft.enabled", True, "ft", "it needs an engine with replica groups"),
+    ("ft.enabled", True, "ft", "replica groups go with stack 'torch' or 'parallel'"),
 )
 
 

@@ -61,6 +61,7 @@ class AccelerateRunner(Sharding, TorchRunner):
         super().check_config()
         self.settings = read_settings(self.config)
         self.check_sharding()
+        Precision.resolve(self.settings.precision, self.choose_device())
         if AcceleratorState._shared_state or PartialState._shared_state:
             raise RuntimeError(
                 "an Accelerator (or a PartialState) exists already in this process; danling makes its own from the "
