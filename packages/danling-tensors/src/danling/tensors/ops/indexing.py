@@ -199,6 +199,8 @@ def _ragged_step(x: NestedTensor, d: int, i: Any) -> Any:
     if isinstance(i, NestedTensor):
         return _own_positions(x, d, i)
     if isinstance(i, int) and not isinstance(i, bool) or isinstance(i, Tensor) and i.dim() == 0:
+        if layout.segments.k == 1:
+            return _one_position(x, int(i))
         out = _ragged_step(x, d, [int(i)])
         return out.squeeze(d + 1) if not isinstance(out, NestedTensor) else out.squeeze(out._layout.shape_dim(d))
     picks = tensor_of(i)
@@ -228,6 +230,17 @@ def _ragged_step(x: NestedTensor, d: int, i: Any) -> Any:
     if isinstance(out, NestedTensor):
         return out.unflatten(out._layout.shape_dim(d), picks.shape)
     return out.unflatten(d + 1, picks.shape)
+
+
+def _one_position(x: NestedTensor, i: int) -> Tensor:
+    """Row `i` of every element along the only ragged dim, dense `(B, *static)`."""
+    segments, values = x._layout.segments, values_of(x)
+    column = segments.sizes[:, 0]
+    if segments.batch_size and int(column.min()) < (i + 1 if i >= 0 else -i):
+        e = int(((column <= i) | (column < -i)).nonzero()[0])
+        raise IndexError(f"index {i} is out of range for element {e} of size {int(column[e])}")
+    offsets = segments.on("offsets", values.device)
+    return values.index_select(0, offsets[:-1] + i if i >= 0 else offsets[1:] + i)
 
 
 def traced_positions(x: NestedTensor, d: int, i: Any) -> Tensor:

@@ -5,22 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
+from types import MethodDescriptorType, WrapperDescriptorType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _MISSING: Any = inspect.Parameter.empty
-_OTHER_NAMES = {
-    "self": "input",
-    "axis": "dim",
-    "keepdims": "keepdim",
-    "x": "input",
-    "a": "input",
-    "x1": "input",
-    "x2": "other",
-}
-_NAMESPACES = ("aten", "prims", "quantized")
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+_OTHER_NAMES = {"self": "input", **_NUMPY_NAMES}
 
 
 class Argument(NamedTuple):
@@ -50,8 +43,7 @@ def signatures(func: Any) -> tuple[tuple[Argument, ...], ...]:
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
         return ()
-    found = (torch._C._jit_get_schemas_for_operator(f"{space}::{name}") for space in _NAMESPACES)
-    return tuple(_of_schema(schema) for schemas in found for schema in schemas)
+    return tuple(map(_of_schema, torch._C._jit_get_schemas_for_operator(f"aten::{name}")))
 
 
 def _of_schema(schema: Any) -> tuple[Argument, ...]:
@@ -73,8 +65,15 @@ def foreign(func: Any, rule: Callable[..., Any]) -> frozenset[str]:
     count = None
     if any(p.kind == p.VAR_KEYWORD for p in parameters):  # passes on what it does not name itself
         count = sum(p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters)
-    wanted = {a.name for arguments in signatures(func) for a in arguments[:count]}
-    wanted |= {alias for alias, name in _OTHER_NAMES.items() if name in wanted}
+    if inspect.isfunction(func):
+        others: dict[str, str] = {}
+    elif isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        others = {"self": "input"}
+    else:
+        others = _NUMPY_NAMES
+    first = int(isinstance(func, (MethodDescriptorType, WrapperDescriptorType)))  # which no keyword can name
+    wanted = {a.name for arguments in signatures(func) for a in arguments[first:count]}
+    wanted |= {alias for alias, name in others.items() if name in wanted}
     return frozenset(wanted - own - {"out"})
 
 
