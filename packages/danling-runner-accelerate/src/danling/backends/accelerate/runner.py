@@ -98,11 +98,11 @@ class AccelerateRunner(Sharding, TorchRunner):
 
     def wrap_model(self) -> None:
         """Let the Accelerator prepare the model; one without anything to train stays as it is."""
-        if self.is_sharded:
-            self._patched_before = set(vars(self.unwrap(self.model)))
+        parameters = list(self.model.parameters())
+        self._patched_before = set(vars(self.unwrap(self.model)))
+        if self.is_sharded and parameters:
             self.shard_model()
-        elif any(parameter.requires_grad for parameter in self.model.parameters()):
-            self._patched_before = set(vars(self.unwrap(self.model)))
+        elif any(parameter.requires_grad for parameter in parameters):
             self.model = self.accelerator.prepare(self.model)
             if isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
                 fix_buckets(self.model)

@@ -63,13 +63,17 @@ class Sharding(_Host):
         """Let the Accelerator spread the model over the ranks, which hold the same weights.
 
         Raises:
-            ConfigError: something that is trained stays whole, with nobody who would keep it in step.
+            ConfigError: the plugin does not fit the model, or something that is trained stays whole, with nobody who would
+                keep it in step.
         """
         bound = self.optimizer
         stand_in = torch.optim.SGD(
             self.model.parameters(), lr=0.0
         )  # model and optimizer are prepared together or not at all
-        self.model, optimizer = self.accelerator.prepare(self.model, stand_in if bound is None else bound)
+        try:
+            self.model, optimizer = self.accelerator.prepare(self.model, stand_in if bound is None else bound)
+        except ValueError as error:
+            raise ConfigError(f"accelerate.fsdp_plugin: {error}") from error
         if bound is None:
             self.accelerator._optimizers.remove(optimizer)
         else:
