@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +20,41 @@ from danling.tensors.ops.table import register
 def sort_groups(groups: Groups, rows: Tensor, descending: bool = False) -> Tensor:
     """For rows in group order, the row that comes at each place when every group is sorted on its own (stable).
 
-    Two stable sorts: by value, then by group; no group sees values of another one.
+    Two stable sorts: by value, then by group; no group sees values of another one. They take several times the memory of what
+    they sort, so large batches go a few columns at a time.
     """
-    by_value = rows.detach().sort(dim=0, descending=descending, stable=True)[1]
-    group = groups.on("group", rows.device).view(-1, *[1] * (rows.dim() - 1)).expand_as(by_value)
-    by_group = group.gather(0, by_value).sort(dim=0, stable=True)[1]
-    return by_value.gather(0, by_group)
+    group = groups.on("group", rows.device)
+    return _by_columns(groups, rows, lambda columns: _sort_columns(group, columns, descending))
+
+
+_MANY = 4096
+"""Values from which memory counts more than calls."""
+
+
+def _by_columns(groups: Groups, rows: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    """`call` of rows, which gives int64 and treats every column on its own, a few columns at a time."""
+    rows = rows.detach()
+    if groups.owner.symbolic or rows.dim() == 1 or rows.numel() < _MANY:
+        return call(rows)
+    columns, out = rows.flatten(1), None
+    step = -(-columns.shape[1] // 8)
+    for at in range(0, columns.shape[1], step):
+        part = call(columns[:, at : at + step])
+        if out is None:
+            out = part.new_empty((part.shape[0], columns.shape[1]))
+        out[:, at : at + step] = part
+        del part  # before the next one is made
+    assert out is not None
+    return out.view(-1, *rows.shape[1:])
+
+
+def _sort_columns(group: Tensor, rows: Tensor, descending: bool) -> Tensor:
+    by_value = rows.sort(dim=0, descending=descending, stable=True)[1]
+    keys = group.to(torch.int32).view(-1, *[1] * (rows.dim() - 1)).expand_as(by_value).gather(0, by_value)
+    if type(rows) is Tensor and rows.shape[0] < 2**31:
+        by_value = by_value.to(torch.int32)  # half as large while the second sort runs
+    by_group = keys.sort(dim=0, stable=True)[1]
+    return by_value.gather(0, by_group).long()
 
 
 def _along(func: Any, x: Any, dim: int) -> tuple[Groups | None, int]:
@@ -41,8 +71,10 @@ def _sorted(x: NestedTensor, groups: Groups, descending: bool) -> tuple[NestedTe
     rows = groups.sort(values_of(x))
     order = sort_groups(groups, rows, descending)
     start = groups.on("offsets", rows.device)[:-1].index_select(0, groups.on("group", rows.device))
-    inside = order - start.view(-1, *[1] * (rows.dim() - 1))
-    return like(x, groups.unsort(rows.gather(0, order))), like(x, groups.unsort(inside))
+    start = start.view(-1, *[1] * (rows.dim() - 1))
+    best = rows.gather(0, order)
+    inside = order - start if best.requires_grad else order.sub_(start)  # backward needs the order as it is
+    return like(x, groups.unsort(best)), like(x, groups.unsort(inside))
 
 
 @register("order", "sort", "argsort", "msort")
@@ -106,11 +138,11 @@ def kthvalue(func: Any, x: Any, k: int, dim: int = -1, keepdim: bool = False) ->
     return kind([plan.finish(o) for o in _pick(plan, groups.sort(values_of(x)), at)])
 
 
-def _pick(plan: Plan, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+def _pick(plan: Plan, rows: Tensor, at: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The `at`-th smallest value `(G, *static)` of every group, and its position along the reduced dim."""
     groups = plan.groups
     assert groups is not None
-    order = sort_groups(groups, rows)
+    order = sort_groups(groups, rows) if order is None else order
     start = groups.on("offsets", rows.device)[:-1].view(-1, *[1] * (rows.dim() - 1))
     at = at.view(-1, *[1] * (rows.dim() - 1)) if at.dim() == 1 else at
     where = order.gather(0, (start + at).expand(groups.count, *rows.shape[1:]))
@@ -158,22 +190,28 @@ def mode(func: Any, x: Any, dim: int = -1, keepdim: bool = False) -> Any:
         return kind([plan.finish(o) for o in func(values, plan.static[0])])
     plan.need_values()
     rows = groups.sort(values)
-    order = sort_groups(groups, rows)
-    best = rows.detach().gather(0, order)
+    where = _by_columns(groups, rows, lambda columns: _most_frequent(groups, columns))
+    start = groups.on("offsets", rows.device)[:-1].view(-1, *[1] * (rows.dim() - 1))
+    return kind([plan.finish(rows.gather(0, where)), plan.finish(where - start)])
+
+
+def _most_frequent(groups: Groups, rows: Tensor) -> Tensor:
+    """The row that holds the most frequent value of each group, the last of them, `(G, *static)`."""
+    from danling.tensors import kernels
+
     device, tail = rows.device, [1] * (rows.dim() - 1)
+    group, offsets = groups.on("group", device), groups.on("offsets", device)
+    order = _sort_columns(group, rows, False)
+    best = rows.gather(0, order)
     index = torch.arange(rows.shape[0], device=device).view(-1, *tail).expand_as(rows)
-    group = groups.on("group", device).view(-1, *tail)
+    group = group.view(-1, *tail)
     fresh = torch.ones_like(best, dtype=torch.bool)
     if rows.shape[0] > 1:
         fresh[1:] = (best[1:] != best[:-1]) | (group[1:] != group[:-1])
     begin = torch.where(fresh, index, 0).cummax(0)[0]
     run = index - begin + 1  # how often this value was seen up to here
-    from danling.tensors import kernels
-
-    _, at = kernels.segment_max(run, groups.on("offsets", device))  # the first longest run ends here
-    start = groups.on("offsets", device)[:-1].view(-1, *tail)
-    where = order.gather(0, start + at)
-    return kind([plan.finish(rows.gather(0, where)), plan.finish(where - start)])
+    _, at = kernels.segment_max(run, offsets)  # the first longest run ends here
+    return order.gather(0, offsets[:-1].view(-1, *tail) + at)
 
 
 @register("order", "quantile", "nanquantile")
@@ -199,6 +237,7 @@ def quantile(
         return plan.finish(func(values, levels, plan.static[0], interpolation=interpolation))
     plan.need_values()
     rows = groups.sort(values)
+    order = sort_groups(groups, rows)
     counts = plan.counts.view(-1, *[1] * (rows.dim() - 1))
     holes = _holes(plan, rows)
     ignore = names(func) == "nanquantile"
@@ -218,8 +257,8 @@ def quantile(
     weight = place - low
     if interpolation == "midpoint":
         weight = torch.where(weight > 0, 0.5, 0.0).to(rows.dtype)
-    below = _pick(plan, rows, low.long())[0]
-    above = _pick(plan, rows, place.ceil().long())[0]
+    below = _pick(plan, rows, low.long(), order)[0]
+    above = _pick(plan, rows, place.ceil().long(), order)[0]
     out = torch.lerp(below, above, weight)
     if not ignore:
         out = torch.where(holes > 0, float("nan"), out)

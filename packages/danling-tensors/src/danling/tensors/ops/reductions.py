@@ -361,9 +361,8 @@ def _positions(plan: Plan, at: Tensor) -> Tensor:
 @register("reduction", "max", "min")
 def max_(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     other = args[0] if args else kwargs.get("other")
-    name = names(func)
     if isinstance(other, Tensor):
-        return (torch.maximum if name == "max" else torch.minimum)(x, other)
+        return (torch.maximum if names(func) == "max" else torch.minimum)(x, other)
     if not args and "dim" not in kwargs:
         values = values_of(x)
         if values.numel() == 0:
