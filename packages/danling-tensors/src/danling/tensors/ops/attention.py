@@ -46,9 +46,10 @@ def scaled_dot_product_attention(
     else:
         mask = mask_reader(attn_mask, q, k) if attn_mask is not None else None
         out = attend(q_rows, k_rows, v_rows, lengths_q, lengths_k, mask, *settings)
-    if not isinstance(query, NestedTensor):
-        dense = out.reshape(query.shape[0], query.shape[-2], *out.shape[1:])
-        return dense.movedim(1, -2)
+    nested = isinstance(query, NestedTensor)
+    if not nested or query._layout.dense:
+        dense = out.reshape(query.shape[0], query.shape[-2], *out.shape[1:]).movedim(1, -2)
+        return wrap(dense, query._layout.with_static(tuple(dense.shape[1:])), query._flags) if nested else dense
     return wrap(out, query._layout.with_static(tuple(out.shape[1:])), query._flags)
 
 

@@ -21,14 +21,31 @@ def run_grouped(fn: Callable[..., Any], *xs: Tensor, ragged: Any, like: NestedTe
     Args:
         fn: Called with one dense `(n, *element)` batch per operand; returns a tensor `(n, *result)` or a tuple of them.
         *xs: NestedTensors of one batch size; dense operands have the batch at dim 0.
-        ragged: Ragged element dims of the result; `()` gives a dense `(B, *result)`. A list of such tuples when `fn`
-            returns several tensors.
+        ragged: Ragged element dims of the result; `()` gives a dense `(B, *result)`, unless no operand has a ragged dim.
+            A list of such tuples when `fn` returns several tensors.
         like: Gives `batch_first`, `padding_value` and `mask_value` of the result.
 
     Raises:
         Exception: Whatever `fn` raises, the same type, naming the first element of the group.
     """
     nested = [x for x in xs if isinstance(x, NestedTensor)]
+    if all(x._layout.dense for x in nested):
+        return _declared(_run(fn, nested, xs, ragged, like), like)
+    return _run(fn, nested, xs, ragged, like)
+
+
+def _declared(out: Any, like: NestedTensor) -> Any:
+    """Results of operands that were declared to have no ragged dim: they are batches of that kind."""
+    if isinstance(out, (tuple, list)):
+        return tuple(_declared(o, like) for o in out)
+    if isinstance(out, NestedTensor):
+        return out
+    return wrap(out, like._layout.with_static(tuple(out.shape[1:])), like._flags)
+
+
+def _run(
+    fn: Callable[..., Any], nested: list[NestedTensor], xs: Sequence[Tensor], ragged: Any, like: NestedTensor
+) -> Any:
     batch = nested[0]._layout.batch_size
     if batch == 0:
         return _of_nothing(fn, xs, ragged, like)
