@@ -43,8 +43,9 @@ def states(results: list[Any]) -> list[Any]:
 
 def kill_at_random(request: pytest.FixtureRequest, root: Path, kills: int, **overrides: Any) -> None:
     tests = request.config.rootpath / "tests"
-    options = {"accum_steps": 2, "ema__enabled": True, "tiny__augment": True, "checkpoint__interval": "2 steps"}
-    options |= {"checkpoint__keep_latest_k": 1, "comm__train_timeout_seconds": 60, "log_interval": 1, **overrides}
+    options = {"accum_steps": 2, "ema__enabled": True, "tiny__augment": True, "tiny__norm": True}
+    options |= {"checkpoint__interval": "2 steps", "checkpoint__keep_latest_k": 1}
+    options |= {"comm__train_timeout_seconds": 60, "log_interval": 1, **overrides}
     expected = states(run(tests, tiny_config(root / "straight", **options)))
     config = tiny_config(root / "killed", auto_resume=True, **options)
     rng = random.Random(f"{kills} {overrides}")
