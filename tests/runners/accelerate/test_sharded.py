@@ -177,6 +177,7 @@ def test_resumed_by_another_number_of_ranks(tmp_path, script, nproc):
     assert flat(found["average"]) == pytest.approx(flat(expected["average"]), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_skips_and_buffers_are_those_of_all_ranks(tmp_path, script):
     """A NaN on one rank stops the update of both, however gradients are clipped; running statistics stay the same."""
     options = {**FSDP, **COMMON, "tiny__norm": True, "tiny__poisoned": 2, "skip_nonfinite_grad": True, "epochs": 1}
@@ -197,6 +198,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_refused(tmp_path, script):
     script = (
         script[: script.index("found = []")]
