@@ -313,3 +313,24 @@ def test_import_loads_nothing_else_and_replaces_nothing():
     )
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() in ("[]", "['numpy']"), out.stdout
+
+
+def test_the_quick_ways_in_agree_with_the_general_ones() -> None:
+    padded, lengths = torch.randn(4, 5, 3), torch.tensor([2, 0, 5, 1])
+    quick = NestedTensor.from_padded(padded, lengths)
+    general = NestedTensor.from_padded(padded, lengths.int(), padding_value=0.0)
+    assert quick.concat.equal(general.concat)
+    assert quick.structure == general.structure
+    assert quick.structure.sizes.equal(general.structure.sizes)
+    lengths.fill_(9)  # not shared
+    assert quick.lengths.tolist() == [2, 0, 5, 1]
+    parts = list(quick.unbind())
+    assert NestedTensor(parts).structure == NestedTensor(*parts).structure == quick.structure
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    for mixed in ([weight, parts[0]], [parts[0], weight]):
+        batch = NestedTensor(mixed)
+        assert type(batch.concat) is torch.Tensor
+        assert batch.requires_grad
+    padded.requires_grad_()
+    NestedTensor.from_padded(padded, quick.lengths).concat.sum().backward()
+    assert padded.grad.sum(2).sum(1).tolist() == [6.0, 0.0, 15.0, 3.0]

@@ -59,13 +59,13 @@ struct Filler {
 };
 
 // 32 bytes, in one register where the CPU has such; compilers copy them in halves if they are not told so.
-typedef uint8_t Half __attribute__((vector_size(32), aligned(1), may_alias));
+typedef uint8_t HalfLine __attribute__((vector_size(32), aligned(1), may_alias));
 
 inline void copy_line(char* out, const char* in) {
-  const Half first = *reinterpret_cast<const Half*>(in);
-  const Half second = *reinterpret_cast<const Half*>(in + 32);
-  *reinterpret_cast<Half*>(out) = first;
-  *reinterpret_cast<Half*>(out + 32) = second;
+  const HalfLine first = *reinterpret_cast<const HalfLine*>(in);
+  const HalfLine second = *reinterpret_cast<const HalfLine*>(in + 32);
+  *reinterpret_cast<HalfLine*>(out) = first;
+  *reinterpret_cast<HalfLine*>(out + 32) = second;
 }
 
 constexpr int64_t kShort = 4096; // bytes from which memcpy is best
