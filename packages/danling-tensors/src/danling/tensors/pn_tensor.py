@@ -99,7 +99,7 @@ def tensor(
     Example:
         >>> from danling.tensors import tensor
         >>> tensor([1, 2])
-        PNtensor([1, 2])
+        PNTensor([1, 2])
     """
     if isinstance(data, Tensor):
         copied = _copied(data).to(device=device, dtype=dtype)
