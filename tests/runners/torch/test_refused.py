@@ -15,9 +15,9 @@ BEFORE_ANY_FILE = [
     ({"deepspeed": {"a": 1}, "stack": "torch"}, ConfigError, ["deepspeed", "'torch'"]),
     ({"epochs": 0}, ConfigError, ["epochs: 0"]),
     ({"optin": {"lr": 1}}, ConfigError, ["optin", "'optim'"]),
+    ({"precision": "fp16"}, ConfigError, ["fp16", "accelerator"]),
 ]
 LATER = [
-    ({"precision": "fp16"}, ConfigError, ["fp16", "accelerator"]),
     ({"dataloader__tset__batch_size": 2}, ConfigError, ["dataloader.tset", "train, val"]),
     ({"dataloader__batch_size": 64}, ConfigError, ["'train'", "50 samples", "64", "drop_last"]),
     ({"train_splits": ["zzz"]}, ConfigError, ["train_splits", "'zzz'", "train, val"]),

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from danling.backends.torch import TorchRunner
 from danling.backends.torch.buckets import fix_buckets
-from danling.backends.torch.precision import Precision
 
 from .settings import Settings, launch_environment, read_settings
 from .sharding import Sharding
@@ -58,10 +57,9 @@ class AccelerateRunner(Sharding, TorchRunner):
             ConfigError: naming the key.
             RuntimeError: Accelerate's process-wide state was made by somebody else.
         """
-        super().check_config()
         self.settings = read_settings(self.config)
+        super().check_config()
         self.check_sharding()
-        Precision.resolve(self.settings.precision, self.choose_device())
         if AcceleratorState._shared_state or PartialState._shared_state:
             raise RuntimeError(
                 "an Accelerator (or a PartialState) exists already in this process; danling makes its own from the "
@@ -92,9 +90,10 @@ class AccelerateRunner(Sharding, TorchRunner):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
-    def init_precision(self) -> None:
-        """Read the precision, said by `precision`, by the section `accelerate` or by the environment."""
-        self.precision = Precision.resolve(self.settings.precision, self.device)
+    @property
+    def precision_name(self) -> str | None:
+        """The precision said by `precision`, by the section `accelerate` or by the environment."""
+        return self.settings.precision
 
     def wrap_model(self) -> None:
         """Let the Accelerator prepare the model; one without anything to train stays as it is."""

@@ -15,7 +15,6 @@ from danling.backends.torch import TorchRunner
 from danling.backends.torch.export import cast_floating, write_safetensors
 from danling.backends.torch.local import broadcast_buffers
 from danling.backends.torch.payload import EMA, MODEL, load_model_state, rank_file, read_weights, strip_prefixes
-from danling.backends.torch.precision import Precision
 from danling.runners.atomic import write_json
 from danling.runners.errors import CheckpointError, ConfigError, ResumeError
 from danling.runners.persistence import COMPONENTS, RECORDED
@@ -130,9 +129,10 @@ class DeepSpeedRunner(TorchRunner):
         super().init_checkpoint_manager()
         self._store.asynchronous = False
 
-    def init_precision(self) -> None:
-        """Read the precision, said by `precision` or by the section `deepspeed`."""
-        self.precision = Precision.resolve(self.settings.precision, self.device)
+    @property
+    def precision_name(self) -> str | None:
+        """The precision said by `precision` or by the section `deepspeed`."""
+        return self.settings.precision
 
     def check_model(self) -> None:
         """Refuse models that this engine cannot carry.

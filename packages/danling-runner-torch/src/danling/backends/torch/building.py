@@ -361,9 +361,19 @@ class Building(_Host):
 
     # Environment
 
+    def check_config(self) -> None:
+        """Refuse, before anything is built, what this engine cannot honour."""
+        super().check_config()  # type: ignore[misc]
+        Precision.resolve(self.precision_name, self.choose_device())
+
+    @property
+    def precision_name(self) -> str | None:
+        """The precision that is configured."""
+        return self.config.precision
+
     def init_precision(self) -> None:
         """Read `precision` for this device."""
-        self.precision = Precision.resolve(self.config.precision, self.device)
+        self.precision = Precision.resolve(self.precision_name, self.device)
 
     def init_profiler(self) -> None:
         """Start the profiler when it is enabled."""
