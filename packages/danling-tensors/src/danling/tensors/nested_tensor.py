@@ -26,6 +26,7 @@ from danling.tensors.packing import (
     structure_of,
     to_padded,
 )
+from danling.tensors.refused import Refused, misplaced
 from danling.tensors.serialization import Serialization
 from danling.tensors.traceable import Traceable, asked_by_torch, for_guard, in_transform, reading, stripped, told
 
@@ -168,7 +169,7 @@ _ZERO = 0.0
 """The padding value when none is given."""
 
 
-class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tensor):  # type: ignore[override]
+class NestedTensor(Constructors, Autograd, Serialization, Traceable, Refused, torch.Tensor):  # type: ignore[override]
     """A batch of tensors of one rank and different sizes, stored packed: no padding, exact gradients.
 
     `.shape` is the padded shape `(B, *element)`; dims given to torch functions mean what they mean on that shape, and
@@ -566,39 +567,8 @@ class NestedTensor(Constructors, Autograd, Serialization, Traceable, torch.Tenso
     def __dir__(self) -> list[str]:
         return sorted({*dir(type(self)), *self.__dict__})
 
-    # What would need one block of memory of `.shape`.
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("a NestedTensor has no dense storage; use .concat (packed values) or .tensor (padded copy)")
-
-    data_ptr = storage = as_strided = as_strided_ = set_ = resize_ = _refuse
-    __array_ufunc__ = None  # operators with arrays say that they cannot, instead of asking for the storage
-    resize_as_ = numpy = __array__ = __dlpack__ = __dlpack_device__ = _refuse
-
-    def _refuse_map(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("Python callbacks per value are not supported on a NestedTensor; apply them to .concat")
-
-    apply_ = map_ = map2_ = _refuse_map  # type: ignore[assignment]
-
-    def _refuse_kind(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("sparse and quantised values are not supported in a NestedTensor; convert .concat instead")
-
-    to_sparse = to_sparse_csr = to_sparse_csc = to_sparse_bsr = to_sparse_bsc = to_sparse_coo = _refuse_kind
-    to_dense = to_mkldnn = sparse_mask = sparse_resize_ = _refuse_kind
-
 
 _PARTS = frozenset({"_layout", "_values", "_flags", "structure"})
-
-
-def misplaced(func: Any, dense: Any, args: Any, kwargs: Any) -> Exception:
-    """The error for a dense operand (or something else) where the call needs a NestedTensor."""
-    name = getattr(func, "__name__", str(func))
-    places: list[tuple[Any, Any]] = [*enumerate(args, 1), *(kwargs or {}).items()]
-    place = next((f" (argument {key})" for key, value in places if value is dense), "")
-    what = f"shape {tuple(dense.shape)}" if isinstance(dense, Tensor) else f"type {type(dense).__name__}"
-    return TypeError(
-        f"{name} needs a NestedTensor where it got a dense operand of {what}{place}; "
-        "use .tensor or .concat of the NestedTensors, or nested_like to give the dense operand their structure"
-    )
 
 
 _aten = torch.ops.aten

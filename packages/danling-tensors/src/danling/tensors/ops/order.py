@@ -11,8 +11,9 @@ from torch import Tensor
 from danling.tensors.layout import require
 from danling.tensors.nested_tensor import NestedTensor, values_of
 from danling.tensors.ops.base import batch_error, like, names
+from danling.tensors.ops.extrema import positions_in_groups
 from danling.tensors.ops.groups import Groups, group_rows
-from danling.tensors.ops.reductions import Plan, _positions
+from danling.tensors.ops.reductions import Plan
 from danling.tensors.ops.rows import flat_values
 from danling.tensors.ops.table import register
 
@@ -146,7 +147,7 @@ def _pick(plan: Plan, rows: Tensor, at: Tensor, order: Tensor | None = None) -> 
     start = groups.on("offsets", rows.device)[:-1].view(-1, *[1] * (rows.dim() - 1))
     at = at.view(-1, *[1] * (rows.dim() - 1)) if at.dim() == 1 else at
     where = order.gather(0, (start + at).expand(groups.count, *rows.shape[1:]))
-    return rows.gather(0, where), _positions(plan, where - start)
+    return rows.gather(0, where), positions_in_groups(plan, where - start)
 
 
 @register("order", "median", "nanmedian")

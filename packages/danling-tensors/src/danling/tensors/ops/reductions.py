@@ -12,7 +12,7 @@ from torch import Tensor
 from danling.tensors import kernels
 from danling.tensors.layout import Layout
 from danling.tensors.nested_tensor import NestedTensor, values_of
-from danling.tensors.ops.base import at_element, batch_error, like, names
+from danling.tensors.ops.base import at_element, like, names
 from danling.tensors.ops.groups import Groups, group_rows
 from danling.tensors.ops.table import register
 
@@ -182,12 +182,12 @@ def run(
     return plan.finish(out)
 
 
-def _offsets(plan: Plan, values: Tensor) -> Tensor:
+def offsets_of(plan: Plan, values: Tensor) -> Tensor:
     assert plan.groups is not None
     return plan.groups.on("offsets", values.device)
 
 
-def _wide(values: Tensor) -> Tensor:
+def in_accumulation_dtype(values: Tensor) -> Tensor:
     """Half precision widened, so that sums in two steps round once."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
@@ -195,9 +195,9 @@ def _wide(values: Tensor) -> Tensor:
 def segment_sum(plan: Plan, values: Tensor) -> Tensor:
     """Sum of each group over its rows and the reduced static dims."""
     if not plan.static:
-        return kernels.segment_sum(values, _offsets(plan, values))
-    wide = _wide(values)
-    out = kernels.segment_sum(wide.sum(plan.static), _offsets(plan, values))
+        return kernels.segment_sum(values, offsets_of(plan, values))
+    wide = in_accumulation_dtype(values)
+    out = kernels.segment_sum(wide.sum(plan.static), offsets_of(plan, values))
     return out.to(values.dtype) if wide.dtype != values.dtype and values.dtype.is_floating_point else out
 
 
@@ -228,8 +228,8 @@ def sum_(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: An
 def segment_mean(plan: Plan, values: Tensor) -> Tensor:
     """Mean of each group; NaN for an empty one."""
     if not plan.static:
-        return kernels.segment_mean(values, _offsets(plan, values))
-    wide = segment_sum(plan, _wide(values))
+        return kernels.segment_mean(values, offsets_of(plan, values))
+    wide = segment_sum(plan, in_accumulation_dtype(values))
     return (wide / _divisor(plan, wide)).to(values.dtype)
 
 
@@ -244,7 +244,7 @@ def mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: An
         values = _cast(values, dtype)
         if names(func) == "nanmean":
             hole = values.isnan()
-            total = segment_sum(plan, torch.where(hole, 0, _wide(values)))
+            total = segment_sum(plan, torch.where(hole, 0, in_accumulation_dtype(values)))
             return (total / segment_sum(plan, hole.logical_not())).to(values.dtype)
         return segment_mean(plan, values)
 
@@ -268,134 +268,12 @@ def truth(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, axis: An
             return segment_sum(plan, hit)
         if plan.static:  # before anything is counted, which takes eight bytes a value
             hit = hit.any(plan.static)
-        hits = kernels.segment_sum(hit, _offsets(plan, values))
+        hits = kernels.segment_sum(hit, offsets_of(plan, values))
         out = hits == 0 if name == "all" else hits > 0
         return out.to(torch.uint8) if values.dtype == torch.uint8 else out
 
     base.__name__ = name
     return run(base, x, dim, keepdim, segment)
-
-
-class _Extremum(torch.autograd.Function):
-    """Largest or smallest value of each group; the gradient is shared evenly by ties."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, offsets: Tensor, largest: bool) -> Tensor:  # type: ignore[override]
-        out = (kernels.segment_max if largest else kernels.segment_min)(values, offsets)[0]
-        ctx.save_for_backward(values, offsets, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        values, offsets, out = ctx.saved_tensors
-        rows = values.shape[0]
-        top = kernels.segment_expand(out, offsets, rows)
-        ties = (values == top) | (values.isnan() & top.isnan())
-        share = grad / kernels.segment_sum(ties, offsets).to(grad.dtype)
-        return torch.where(ties, kernels.segment_expand(share, offsets, rows), 0), None, None
-
-
-class _TransformableExtremum(_Extremum):
-    """The same in the form that torch.func takes, which costs more to call."""
-
-    @staticmethod
-    def forward(values: Tensor, offsets: Tensor, largest: bool) -> Tensor:  # type: ignore[override]
-        return (kernels.segment_max if largest else kernels.segment_min)(values, offsets)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # type: ignore[override]
-        ctx.save_for_backward(inputs[0], inputs[1], output)
-
-
-def segment_extremum(plan: Plan, values: Tensor, largest: bool) -> Tensor:
-    """`amax` or `amin` of each group."""
-    plan.need_values()
-    if plan.static:
-        values = (torch.amax if largest else torch.amin)(values, plan.static)
-    offsets = _offsets(plan, values)
-    if not (values.requires_grad and torch.is_grad_enabled()) and values.dtype != torch.bool:
-        return (kernels.segment_max if largest else kernels.segment_min)(values, offsets)[0]
-    if values.dtype == torch.bool:
-        return _Extremum.apply(values.to(torch.uint8), offsets, largest).bool()
-    transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-    return (_TransformableExtremum if transformed else _Extremum).apply(values, offsets, largest)
-
-
-@register("reduction", "amax", "amin")
-def amax(func: Any, x: Any, dim: Any = (), keepdim: bool = False) -> Any:
-    largest = names(func) == "amax"
-    plan = Plan(func, x, dim, keepdim)
-    plan.need_values()
-    return run(func, x, dim, keepdim, lambda plan, values: segment_extremum(plan, values, largest), plan=plan)
-
-
-@register("reduction", "aminmax")
-def aminmax(func: Any, x: Any, *, dim: Any = None, keepdim: bool = False) -> Any:
-    kind: Any = torch.return_types.aminmax
-    if dim is None:
-        return func(values_of(x))
-    return kind([torch.amin(x, dim, keepdim), torch.amax(x, dim, keepdim)])
-
-
-def segment_pick(plan: Plan, values: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-    """`max(dim)` or `min(dim)` of each group: values, and positions along the reduced dim."""
-    plan.need_values()
-    source = values.to(torch.uint8) if values.dtype == torch.bool else values
-    best, at = (kernels.segment_max if largest else kernels.segment_min)(source, _offsets(plan, values))
-    return best if source is values else best.to(values.dtype), _positions(plan, at)
-
-
-def _positions(plan: Plan, at: Tensor) -> Tensor:
-    """Positions inside groups as coordinates along the reduced dim (batch indices when that is the batch)."""
-    groups = plan.groups
-    assert groups is not None
-    if not plan.batch:
-        return at
-    start = groups.on("offsets", at.device)[:-1].view(-1, *[1] * (at.dim() - 1))
-    position = groups.sort(groups.on("position", at.device))
-    if position.numel() == 0:
-        return at
-    return position[(start + at).clamp_max(position.shape[0] - 1)]
-
-
-@register("reduction", "max", "min")
-def max_(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    other = args[0] if args else kwargs.get("other")
-    if isinstance(other, Tensor):
-        return (torch.maximum if names(func) == "max" else torch.minimum)(x, other)
-    if not args and "dim" not in kwargs:
-        values = values_of(x)
-        if values.numel() == 0:
-            return func(values.reshape(-1))
-        return func(values)
-    return _max_dim(func, x, *args, **kwargs)
-
-
-def _max_dim(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
-    name = names(func)
-    kind: Any = getattr(torch.return_types, name)
-    if not isinstance(dim, int):
-        raise TypeError(f"{name}: dim must be an int, got {type(dim).__name__}")
-    plan = Plan(func, x, dim, keepdim)
-    values = values_of(x)
-    if plan.groups is None and plan.all_rows:  # the batch of elements without ragged dims
-        return kind([plan.finish(o) for o in func(values, 0)])
-    if plan.groups is None:
-        return kind([plan.finish(o) for o in func(values, plan.static[0])])
-    out = segment_pick(plan, plan.groups.sort(values), name == "max")
-    return kind([plan.finish(o) for o in out])
-
-
-@register("reduction", "argmax", "argmin")
-def argmax(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    if dim is None:
-        flat = x.flatten()
-        return func(flat) if not keepdim else func(flat).reshape((1,) * x.dim())
-    plan = Plan(func, x, dim, keepdim)
-    values = values_of(x)
-    if plan.groups is None:
-        return plan.finish(func(values, 0 if plan.all_rows else plan.static[0]))
-    return plan.finish(segment_pick(plan, plan.groups.sort(values.detach()), names(func) == "argmax")[1])
 
 
 @register("reduction", "prod")
@@ -408,7 +286,7 @@ def prod(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: An
         values = _cast(values, dtype)
         if not (values.is_floating_point() or values.is_complex()) and dtype is None:
             values = values.long()
-        wide = _wide(values)
+        wide = in_accumulation_dtype(values)
         index = groups.on("group", values.device)
         index = index.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
         ones = wide.new_ones(groups.count, *values.shape[1:])
@@ -417,7 +295,7 @@ def prod(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: An
     return run(func, x, dim, keepdim, segment, **settings)
 
 
-def _safe_sqrt(x: Tensor) -> Tensor:
+def safe_sqrt(x: Tensor) -> Tensor:
     """Square root whose gradient at 0 is 0, as that of torch's `std` and `norm`."""
     zero = x == 0
     return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
@@ -432,7 +310,7 @@ def var(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return func(values, dims, correction=correction, keepdim=keep)
 
     def segment(plan: Plan, values: Tensor) -> Any:
-        wide = _wide(values)
+        wide = in_accumulation_dtype(values)
         mean = segment_sum(plan, wide)
         mean = mean / _divisor(plan, mean)
         centre = plan.expand(mean)
@@ -446,7 +324,7 @@ def var(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         del square
         out = total / _divisor(plan, total, correction)
         if name.startswith("std"):
-            out = _safe_sqrt(out)
+            out = safe_sqrt(out)
         kind = values.real.dtype if values.is_complex() else values.dtype
         out = out.to(kind)
         return (out, mean.to(values.dtype)) if name.endswith("_mean") else out
@@ -471,104 +349,9 @@ def logsumexp(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
         wide = values.to(torch.get_default_dtype()) if not values.is_floating_point() else values
         if plan.static:
             wide = torch.logsumexp(wide, plan.static)
-        return kernels.segment_logsumexp(wide, _offsets(plan, values))
+        return kernels.segment_logsumexp(wide, offsets_of(plan, values))
 
     return run(func, x, dim, keepdim, segment)
-
-
-def segment_norm(plan: Plan, values: Tensor, order: float) -> Tensor:
-    """Vector norm of each group."""
-    wide = _wide(values).abs()
-    if order == math.inf or order == -math.inf:
-        if order == math.inf and plan.groups is not None and plan.groups.first_empty is not None:
-            out = _norm_of_maybe_empty(plan, wide)
-        else:
-            out = segment_extremum(plan, wide, order > 0)
-    elif order == 0:
-        out = segment_sum(plan, wide != 0).to(wide.dtype)
-    elif order == 1:
-        out = segment_sum(plan, wide)
-    elif order == 2:
-        real = _wide(values)
-        square = real * real if not real.is_complex() else (real * real.conj()).real
-        out = _safe_sqrt(segment_sum(plan, square))
-    else:
-        total = segment_sum(plan, wide.pow(order))
-        zero = total == 0
-        out = torch.where(zero, 0, torch.where(zero, 1, total).pow(1.0 / order))
-    return out.to(values.real.dtype if values.is_complex() else values.dtype)
-
-
-def _norm_of_maybe_empty(plan: Plan, wide: Tensor) -> Tensor:
-    if not plan.batch:
-        plan.need_values()
-    if plan.static:
-        wide = torch.amax(wide, plan.static)
-    return _Extremum.apply(wide, _offsets(plan, wide), True).clamp_min(0)
-
-
-@register("reduction", "norm", "linalg_vector_norm", "linalg_norm")
-def norm(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    order, dim, keepdim, dtype = _norm_arguments(*args, **kwargs)
-    name = names(func)
-    if dtype is not None:
-        x = x.to(dtype)
-    matrix = name != "linalg_vector_norm" and (
-        isinstance(order, str) or (name == "linalg_norm" and isinstance(dim, (tuple, list)) and len(dim) == 2)
-    )
-    if matrix and not (dim is None and order == "fro") and not (order == "fro" and isinstance(dim, int)):
-        if dim is None:
-            dim = (-2, -1)
-        return torch.linalg.matrix_norm(x, "fro" if order is None else order, dim, keepdim)
-    order = 2.0 if order is None or isinstance(order, str) else float(order)
-
-    def base(values: Tensor, dims: Any = None, keep: bool = False) -> Tensor:
-        return torch.linalg.vector_norm(values, order, dims, keep)
-
-    base.__name__ = name
-    return run(base, x, dim, keepdim, lambda plan, values: segment_norm(plan, values, order))
-
-
-def _norm_arguments(
-    p: Any = None,
-    dim: Any = None,
-    keepdim: bool = False,
-    *extra: Any,
-    ord: Any = None,
-    dtype: Any = None,
-    out: Any = None,
-) -> tuple[Any, Any, bool, Any]:
-    return (p if ord is None else ord), dim, keepdim, dtype
-
-
-@register("reduction", "linalg_matrix_norm")
-def matrix_norm(
-    func: Any, x: Any, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None
-) -> Any:
-    layout = x._layout
-    if dtype is not None:
-        x = x.to(dtype)
-    if ord == "fro":
-        return torch.linalg.vector_norm(x, 2, dim, keepdim)
-    dims = [layout.element_dim(d) for d in dim]
-    if None in dims:
-        raise batch_error(func, dim)
-    if any(d in layout.ragged_dims for d in dims):
-        from danling.tensors.ops.grouped import run_grouped
-
-        left = [d for d in layout.ragged_dims if d not in dims]
-        if keepdim:
-            ragged = tuple(left)
-        else:
-            ragged = tuple(d - sum(r < d for r in dims) for d in left)  # type: ignore[operator]
-        return run_grouped(lambda v: func(v, ord, [d + 1 for d in dims], keepdim), x, ragged=ragged, like=x)  # type: ignore[operator]
-    plan = Plan(func, x, tuple(dim), keepdim)
-    return plan.finish(func(values_of(x), ord, [layout.values_dim(d) for d in dims]))  # type: ignore[arg-type]
-
-
-@register("reduction", "dist")
-def dist(func: Any, x: Any, y: Any, p: float = 2.0) -> Tensor:
-    return torch.linalg.vector_norm(x - y, p)
 
 
 @register("reduction", "trapezoid", "trapz", "cumulative_trapezoid")
@@ -607,4 +390,4 @@ def _without_last(x: NestedTensor, dim: int) -> Any:
     return _cut(x, dim, slice(None, -1))
 
 
-__all__ = ["Plan", "run", "segment_extremum", "segment_mean", "segment_norm", "segment_sum"]
+__all__ = ["Plan", "in_accumulation_dtype", "offsets_of", "run", "safe_sqrt", "segment_mean", "segment_sum"]
