@@ -15,7 +15,7 @@ class RowBuffer:
 
     The dtype is the promotion of everything that was given. A mask is kept from the first masked rows on. Small batches
     may wait until they are read, first as copies of their own, then many joined at once, which is several times faster
-    than each alone and touches no memory twice.
+    than each alone.
     """
 
     def __init__(self, capacity: int | None = None, device: torch.device | None = None) -> None:

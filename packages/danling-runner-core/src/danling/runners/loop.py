@@ -116,8 +116,8 @@ class Loop:
         listeners = runner.events["step"]
         bar = runner.console.bar if runner.console.bar.live else None
         dies = is_armed("step.end")
-        first = True
         shortcut: Any = None
+        first = True
         self.last_metrics = {}
         with runner.open_pass(split) as data:
             while True:
@@ -137,7 +137,7 @@ class Loop:
                     data.advance()
                     if bar is not None:
                         bar.advance(state.global_step, state.epoch)
-                    if shortcut is None and first:
+                    if first:
                         shortcut, first = runner.shortcut(data), False
                 if updated:
                     if listeners:

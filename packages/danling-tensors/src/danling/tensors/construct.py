@@ -97,12 +97,16 @@ def _element(item: Any) -> Tensor:
         if item.is_nested:
             raise TypeError("torch.nested tensors go through NestedTensor.from_torch_nested")
         if item.layout != torch.strided:
-            raise TypeError(f"an element must be a dense tensor, got one of layout {item.layout}; use its to_dense()")
+            raise _not_strided(item)
         kind = type(item)
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # e.g. FakeTensor: plain as far as torch goes
             return item
         return item.as_subclass(Tensor)
     return torch.as_tensor(item)
+
+
+def _not_strided(item: Tensor) -> TypeError:
+    return TypeError(f"an element must be a dense tensor, got one of layout {item.layout}; use its to_dense()")
 
 
 def _sequences(elements: Sequence[Tensor], batch_first: bool) -> tuple[Tensor, Layout] | None:
@@ -121,7 +125,7 @@ def _sequences(elements: Sequence[Tensor], batch_first: bool) -> tuple[Tensor, L
     except (RuntimeError, TypeError):
         return None
     if values.layout is not torch.strided:
-        raise TypeError(f"an element must be a dense tensor, got one of layout {values.layout}; use its to_dense()")
+        raise _not_strided(values)
     return values, Layout.from_lengths(lengths, tuple(values.shape[1:]), 0, batch_first)
 
 

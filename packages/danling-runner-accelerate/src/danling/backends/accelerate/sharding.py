@@ -67,9 +67,8 @@ class Sharding(_Host):
                 keep it in step.
         """
         bound = self.optimizer
-        stand_in = torch.optim.SGD(
-            self.model.parameters(), lr=0.0
-        )  # model and optimizer are prepared together or not at all
+        # Model and optimizer are prepared together or not at all.
+        stand_in = torch.optim.SGD(self.model.parameters(), lr=0.0)
         try:
             self.model, optimizer = self.accelerator.prepare(self.model, stand_in if bound is None else bound)
         except ValueError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .feed import WORKER_LOST
-from .weights import WeightRule
+from .weights import SEQUENCES, WeightRule
 
 if TYPE_CHECKING:
     from .feed import Feed
@@ -34,7 +34,6 @@ FUSED = (
     "record_loss",
 )
 _NUMBERS = (int, float)
-_SEQUENCES = (list, tuple)
 
 
 def is_plain(runner: TorchRunner) -> bool:
@@ -160,7 +159,7 @@ def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], boo
 
 def _is_pair(batch: Any) -> bool:
     return (
-        type(batch) in _SEQUENCES
+        type(batch) in SEQUENCES
         and len(batch) == 2
         and type(batch[0]) is Tensor
         and type(batch[1]) is Tensor

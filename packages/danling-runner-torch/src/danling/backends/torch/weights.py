@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .infer import count_samples
 
-_SEQUENCES = (list, tuple)
+SEQUENCES = (list, tuple)
 _FEW = 256  # elements that a list counts faster than an operation on the tensor is called
 
 Weight = Any  # a number, a 0-d tensor on the batch's device, or None: losses are added
@@ -26,7 +26,7 @@ def target_of(batch: Any) -> Any:
     >>> target_of({"input": 1, "target": 2}), target_of((3, 4)), target_of(5)
     (2, 4, None)
     """
-    if type(batch) in _SEQUENCES and len(batch) > 1:
+    if type(batch) in SEQUENCES and len(batch) > 1:
         return batch[1]
     if isinstance(batch, Mapping):
         return batch.get("target")
@@ -45,7 +45,7 @@ def samples_in(batch: Any) -> int:
 
 def tokens_in(batch: Any) -> Any:
     """Tokens in a batch that tells: the packed length of a ragged input, or the sum of an attention mask; else 0."""
-    if type(batch) in _SEQUENCES and batch and type(batch[0]) is Tensor:
+    if type(batch) in SEQUENCES and batch and type(batch[0]) is Tensor:
         return 0
     if isinstance(batch, Mapping):
         mask = batch.get("attention_mask")
@@ -64,7 +64,7 @@ def tokens_in(batch: Any) -> Any:
 
 def measure(batch: Any) -> tuple[int, Any]:
     """Samples and tokens in a batch."""
-    if type(batch) in _SEQUENCES and batch and type(batch[0]) is Tensor and batch[0].dim():
+    if type(batch) in SEQUENCES and batch and type(batch[0]) is Tensor and batch[0].dim():
         return len(batch[0]), 0
     return samples_in(batch), tokens_in(batch)
 
@@ -116,7 +116,7 @@ class WeightRule:
 
     def __call__(self, batch: Any) -> Weight:
         """Return the weight of a batch."""
-        has = type(batch) not in _SEQUENCES and isinstance(batch, Mapping) and "loss_weight" in batch
+        has = type(batch) not in SEQUENCES and isinstance(batch, Mapping) and "loss_weight" in batch
         if has is not self.given:
             if self.given is not None:
                 raise ValueError(
@@ -163,7 +163,7 @@ def _target_rule(criterion: Any) -> Callable[[Tensor], Weight] | None:
 
 
 def _packed(batch: Any) -> Tensor | None:
-    target = batch[1] if type(batch) in _SEQUENCES and len(batch) > 1 else target_of(batch)
+    target = batch[1] if type(batch) in SEQUENCES and len(batch) > 1 else target_of(batch)
     if type(target) is Tensor:
         return target
     packed = getattr(target, "concat", target)
