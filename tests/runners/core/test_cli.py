@@ -380,6 +380,18 @@ def test_the_curves_are_the_effective_series(run, danling):
     assert list(choose_panels(curves, ["val/loss", "lr"])) == ["val/loss", "lr"]
 
 
+def test_a_legend_of_long_names_fits_the_picture():
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(5.2, 3.6), layout="constrained")
+    from danling.runners.cli.plot import _add_legend
+
+    axis = figure.subplots()
+    _add_legend(figure, {f"docstrings-571435d42caf {index} train": axis.plot([0, 1])[0] for index in range(4)})
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert 0 <= legend.get_window_extent().x0 and legend.get_window_extent().x1 <= figure.bbox.width
+    assert len(legend.get_texts()) == 4
+
+
 def test_plot_errors_name_the_way_out(danling, run, tmp_path):
     assert danling("plot", run.dir, "--metric", "los")[2] == (
         "danling: --metric los: never logged; there is train/loss, train/lr, val/acc, val/loss\n"

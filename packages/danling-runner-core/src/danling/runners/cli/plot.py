@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -156,9 +156,21 @@ def _render(panels: dict[str, list[Curve]], suffix: str, title: str) -> bytes:
     handles = {
         label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))
+    _add_legend(figure, handles)
     figure.suptitle(title)
     return _page(figure, title) if suffix == ".html" else _bytes(figure, suffix[1:])
+
+
+def _add_legend(figure: Any, handles: Mapping[str, Any]) -> None:
+    """Put a legend under the curves, in as many columns, of up to four, as there is room for."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(min(len(handles), 4), 0, -1):
+        legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _bytes(figure: Any, kind: str) -> bytes:
