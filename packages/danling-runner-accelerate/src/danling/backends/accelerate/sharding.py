@@ -28,7 +28,6 @@ class Sharding(_Host):
     model: Any
     ema: Any
     optimizer: Any
-    _buffers_in_step: Buffers | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -84,7 +83,7 @@ class Sharding(_Host):
                 "of ignored_modules, or freeze it"
             )
         self.meets_in_forward = self.meets_in_backward = True  # FSDP2 gathers weights in both
-        self._buffers_in_step = Buffers([self.model], torch.distributed.group.WORLD)
+        self._buffers_in_step = Buffers.of([self.model], torch.distributed.group.WORLD)
         self._bind_ema()
 
     def _units(self) -> Iterator[FSDPModule]:
@@ -128,12 +127,6 @@ class Sharding(_Host):
         """Give every rank the buffers of rank 0, where not every update does."""
         if not self.is_sharded:
             super().share_buffers()
-
-    def optimizer_step(self) -> bool:
-        """Update the weights and what follows every update; return whether it was applied."""
-        if self._buffers_in_step is not None:
-            self._buffers_in_step.synchronise()
-        return super().optimizer_step()
 
     # Evaluation
 

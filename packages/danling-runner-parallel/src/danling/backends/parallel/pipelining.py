@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,8 @@ class Pipelining(_Host):
     Attributes:
         pipeline: the stages of this rank, None without a pipeline.
     """
+
+    fused: ClassVar[frozenset[str]] = frozenset({"train_step", "backward", "optimizer_step"})  # without a pipeline
 
     model: Any
     weigh: Any

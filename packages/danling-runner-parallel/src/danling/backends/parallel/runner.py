@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cached_property, partial
@@ -51,6 +51,7 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     guarantees: ClassVar[frozenset[int]] = frozenset(range(1, 12))
     axes: ClassVar[frozenset[str]] = frozenset(AXES)
     features: ClassVar[frozenset[str]] = frozenset({"dcp", "fsdp", "ft"})
+    fused: ClassVar[frozenset[str]] = frozenset({"to_device", "train_context", "send_header"})
     conformance: ClassVar[dict[str, Any]] = {"bitwise": True}
 
     topology: ParallelTopology
@@ -171,9 +172,8 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
             self.parallel.took("pipeline")
         self.parallel.require()
         self.check_replicas("at the start")
-        self._buffers_in_step = Buffers(
-            self.local_parts(), self.parallel.group("loss") if self.loss_degree > 1 else None
-        )
+        if self.loss_degree > 1:
+            self._buffers_in_step = Buffers.of(self.local_parts(), self.parallel.group("loss"))
         self._bind_ema()
         self.bind_criterion()
         self._bind_metrics()
@@ -367,6 +367,10 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     def _sharded_modules(self) -> list[Any]:
         return list(sharded_modules(self.model_parts))
 
+    def shortcut(self, data: Any) -> Callable[[float, Any], bool | None] | None:
+        """What trains while nothing is special, in fewer calls; only where every rank reads data of its own."""
+        return super().shortcut(data) if self.topology.degree("data") == self.world_size else None
+
     def synchronise(self, flag: bool) -> None:
         """Let FSDP2 reduce gradients in the backward passes from here on, or keep them."""
         if flag is not self._synchronises:
@@ -409,14 +413,10 @@ class ParallelRunner(Checkpoints, Pipelining, TorchRunner):
     def share_buffers(self) -> None:
         """Nothing to do: every update leaves buffers the same on all ranks that average gradients."""
 
-    def optimizer_step(self) -> bool:
-        """Update the weights and what follows every update; return whether it was applied."""
-        first = self._first_update
-        self._buffers_in_step.synchronise()
-        applied = super().optimizer_step()
-        if first and applied:
-            self.check_replicas("after the first update")
-        return applied
+    def after_first_update(self) -> None:
+        """What is due once, when an update has been applied: new time-outs, and a look at what should be the same."""
+        super().after_first_update()
+        self.check_replicas("after the first update")
 
     def switch_timeouts(self) -> None:
         """After the first update no group waits longer than `comm.train_timeout_seconds`."""

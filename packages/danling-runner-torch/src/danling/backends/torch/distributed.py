@@ -251,13 +251,12 @@ class Distributed(_Host):
             abort: the window cannot be run, because of a stop.
         """
         supervisor = self.supervisor
-        stop = supervisor.stop
-        # fmt: off
-        self._header.send((
-            weight, samples, tokens, present, left, never, self.rank if never else 0, abort,
-            stop == Stop.REQUEST, stop == Stop.SIGINT, stop == Stop.SIGTERM, supervisor.save_requested,
-        ))
-        # fmt: on
+        asked = _NO_REQUESTS
+        if supervisor.pending:
+            stop = supervisor.stop
+            asked = stop == Stop.REQUEST, stop == Stop.SIGINT, stop == Stop.SIGTERM, supervisor.save_requested
+        rank = self.rank if never else 0
+        self._header.send((weight, samples, tokens, present, left, never, rank, abort, *asked))
 
     def receive_header(self) -> WindowHeader:
         """Wait for the header that was sent last, and take over the requests in it."""
@@ -290,6 +289,7 @@ class Distributed(_Host):
 
 _HEADER_SIZE = 12
 _LEVELS = (Stop.REQUEST, Stop.SIGINT, Stop.SIGTERM)
+_NO_REQUESTS = (False, False, False, False)
 _NOTHING_ASKED = [0.0] * (_HEADER_SIZE - 5)
 
 

@@ -6,6 +6,7 @@ workers have prepared beyond that is fetched again after a resume.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ class Feed:
         batches: micro-batches this rank has taken in this pass.
         length: how many there are, if the loader knows.
         interrupted: a stop was asked for before the first window.
+        completes: whether a window that other ranks have begun can be completed here, whatever happens to workers.
+        last_batch: the one trained on last, for windows that only keep this rank in step with others.
     """
 
     def __init__(self, runner: TorchRunner, split: str) -> None:
@@ -50,8 +53,7 @@ class Feed:
         self.window = runner.window
         self.exhausted = self.interrupted = False
         self._meets = runner.distributed or runner.ft is not None  # whether others train on the same window
-        # Whether a window that other ranks have begun can be completed here, whatever happens to workers.
-        self._completes = self._meets and runner.ft is None and _is_in_reach(self.loader)
+        self.completes = self._meets and runner.ft is None and _is_in_reach(self.loader)
         self._weigh = runner.weigh
         self._state = runner.train_state
         self._position = self._state.positions.setdefault(split, {"samples": 0})
@@ -59,7 +61,7 @@ class Feed:
         self._held: Any = _END  # a batch that was taken and given back
         self._first = True
         self._sums = False  # whether losses are added instead of averaged
-        self._last_batch: Any = _END
+        self.last_batch: Any = _END
 
     def __enter__(self) -> Feed:
         runner, position = self.runner, self._position
@@ -86,7 +88,7 @@ class Feed:
 
     def __exit__(self, *exception: Any) -> None:
         self.iterator = iter(())
-        self._last_batch = self._held = _END
+        self.last_batch = self._held = _END
         self.window.open([None], [1])
 
     def next_window(self) -> Window | None:
@@ -140,7 +142,8 @@ class Feed:
 
     def _take(self) -> list[Any]:
         if self.accum_steps == 1:
-            batch = next(self.iterator, _END)
+            batch = next(self.iterator, _END) if self._held is _END else self._held
+            self._held = _END
             batches = [] if batch is _END else [batch]
         else:
             batches = list(islice(self.iterator, self.accum_steps))
@@ -160,6 +163,10 @@ class Feed:
             samples += count
             tokens = tokens + more
         return samples, tokens
+
+    def lose(self, error: Exception) -> None:
+        """Let whoever takes the next batch deal with the loss of a worker."""
+        self.iterator = _failing(error)
 
     def excuse(self, error: Exception) -> None:
         """A worker that dies while a stop is pending counts as the stop; anything else is an error."""
@@ -186,9 +193,9 @@ class Feed:
             self._sums = weights[0] is None
         weight = 0.0 if self._sums else float(sum(map(_number, weights)))
         tokens, first = int(_number(tokens)), self._rng is not None
-        if self._completes and not first and real == self.accum_steps:
+        if self.completes and not first and real == self.accum_steps:
             runner.send_header(weight=weight, samples=samples, tokens=tokens, present=True, left=not self.exhausted)
-            self._last_batch = batches[-1]
+            self.last_batch = batches[-1]
             return window.open(batches, weights, awaited=self._receive)  # the header travels during the forward pass
         header = runner.window_header(
             weight=weight,
@@ -196,7 +203,7 @@ class Feed:
             tokens=tokens,
             present=bool(batches),
             left=not self.exhausted,
-            never=not batches and self._last_batch is _END and self._start == 0 and self.batches == 0,
+            never=not batches and self.last_batch is _END and self._start == 0 and self.batches == 0,
             abort=self.interrupted,
         )
         if header.abort or (first and header.stop):
@@ -213,10 +220,10 @@ class Feed:
             )
         self.exhausted = not header.left
         if not batches:  # keep in step with the ranks that have data left
-            batches, weights, real = [self._last_batch], [0], 0
+            batches, weights, real = [self.last_batch], [0], 0
         else:
             weights += [0] * (len(batches) - real)
-            self._last_batch = batches[-1]
+            self.last_batch = batches[-1]
         if self.sampler is None and (runner.meets_in_backward or runner.meets_in_forward):
             short = self.accum_steps - len(batches)  # loaders may end at different micro-batches
             batches, weights = batches + batches[-1:] * short, weights + [0] * short
@@ -241,7 +248,7 @@ class Feed:
 
     def _retake(self, error: Exception) -> list[Any]:
         """What to train on after workers were lost: nothing before the first window, else what they would have brought."""
-        if not self._completes or self._first or self._rng is not None:
+        if not self.completes or self._first or self._rng is not None:
             self.excuse(error)
             return []
         if not self.loader.num_workers:
@@ -298,3 +305,8 @@ def exact_length(loader: Any) -> int | None:
 
 def _number(value: Any) -> float:
     return value.item() if isinstance(value, Tensor) else value
+
+
+def _failing(error: Exception) -> Iterator[Any]:
+    raise error
+    yield

@@ -56,15 +56,20 @@ class Buffers:
     """Keeps buffers that training changes, such as running statistics, the same on all ranks that average gradients.
 
     Args:
-        parts: what this rank holds of the model.
-        group: of those ranks; None when this rank is the only one.
+        modules: those that have buffers.
+        group: of those ranks.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], group: Any) -> None:
+    def __init__(self, modules: Sequence[nn.Module], group: Any) -> None:
         self.group = group
-        found = [module for part in parts for module in part.modules() if any(True for _ in module.buffers(False))]
-        self.modules = [] if group is None else found
+        self.modules = modules
         self._seen = [_versions(module) for module in self.modules]
+
+    @classmethod
+    def of(cls, parts: Sequence[nn.Module], group: Any) -> Buffers | None:
+        """What keeps the buffers of all parts on this rank the same; None if there are none."""
+        found = [module for part in parts for module in part.modules() if any(True for _ in module.buffers(False))]
+        return cls(found, group) if found else None
 
     def synchronise(self) -> None:
         """Give all ranks the buffers of the first, of modules that wrote to one of theirs since the last time."""

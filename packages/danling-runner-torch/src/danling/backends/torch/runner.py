@@ -27,8 +27,9 @@ class TorchRunner(Replicas, Training, Evaluation, Building, Restoring, Distribut
     DistributedDataParallel. Claims every guarantee.
 
     Attributes:
-        fused: hooks that an engine overrides so that one process training in float32 may pass over them (contexts), or call
-            them without what is around them (`forward`, `backpropagate`). It holds for the class that defines it alone.
+        fused: hooks that an engine overrides so that training in float32, a micro-batch per update, may pass over them
+            (contexts), or call them without what is around them (`forward`, `backpropagate`). It holds for the class that
+            defines it alone.
     """
 
     stack: ClassVar[str | None] = "torch"

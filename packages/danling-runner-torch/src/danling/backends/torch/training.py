@@ -16,7 +16,8 @@ from danling.metrics import AverageMeters
 from danling.runners.state import RunnerMode
 
 from .feed import Feed
-from .plain import is_plain, plain_updates
+from .local import Buffers
+from .plain import is_fused, is_plain, plain_updates
 from .weights import samples_in
 
 try:
@@ -66,6 +67,7 @@ class Training(_Host):
 
     _first_update: bool
     _log_mark: tuple[float, float] | None
+    _buffers_in_step: Buffers | None = None  # where engines keep them the same on all ranks with every update
     meets_in_backward = False  # whether ranks wait for each other in every backward pass
 
     def open_pass(self, split: str) -> Feed:
@@ -74,16 +76,17 @@ class Training(_Host):
 
     def shortcut(self, data: Any) -> Callable[[float, Any], bool | None] | None:
         """What trains while nothing is special, in fewer calls; see `plain_updates`."""
-        return plain_updates(self, data) if is_plain(self) else None  # type: ignore[arg-type]
+        fits = is_plain(self) and (data.completes or not self.distributed)  # type: ignore[arg-type]
+        return plain_updates(self, data) if fits else None  # type: ignore[arg-type]
 
     def bare_update(self) -> Callable[[], Any] | None:
         """The step of the optimizer, if nothing but the count of updates follows it in `optimizer_step`."""
         bare = (
-            type(self).optimizer_step is Training.optimizer_step
-            and "optimizer_step" not in self.__dict__
+            is_fused(self, "optimizer_step")
             and self.updater is not None
             and self.ft is None
             and self._ema_schedule is None
+            and self._buffers_in_step is None
             and self.profiler is None
             and not self._first_update
             and not self.supervisor.manages_gc
@@ -237,9 +240,11 @@ class Training(_Host):
     def optimizer_step(self) -> bool:
         """Update the weights and what follows every update; return whether it was applied.
 
-        Order: optimizer step (unscale, check, clip, step, schedule, clear), EMA, `global_step`, profiler,
+        Order: buffers, optimizer step (unscale, check, clip, step, schedule, clear), EMA, `global_step`, profiler,
         time-outs of communication (after the first), garbage collection.
         """
+        if self._buffers_in_step is not None:
+            self._buffers_in_step.synchronise()
         if self.updater is None:
             raise RuntimeError(
                 "there is no optimizer: set optim.type, assign self.optimizer, or override optimizer_step"
@@ -257,10 +262,14 @@ class Training(_Host):
             self.profiler.step()
         if self._first_update:
             self._first_update = False
-            self.switch_timeouts()
+            self.after_first_update()
         if self.supervisor.manages_gc:
             self.supervisor.collect(step)
         return True
+
+    def after_first_update(self) -> None:
+        """What is due once, when an update has been applied: from now on no collective waits for a slow start."""
+        self.switch_timeouts()
 
     # Meters
 
