@@ -1,13 +1,18 @@
-"""What the parallel runner adds to an update over FSDP2 driven by hand, on every rank: `sharded_ranks.py FOLDER`."""
+"""What the parallel runner adds to an update over FSDP2 driven by hand, on every rank: `sharded_ranks.py FOLDER`.
+
+Twice: over FSDP2 alone, and over FSDP2 and one gather of a few numbers, which ranks need to agree on anything.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -16,15 +21,19 @@ from danling.runners import Runner
 from support.paired import CHUNK, UPDATES, Paired, build
 
 
-def by_hand():
+def by_hand(meets=False):
     model, criterion, _ = build()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    mine, all_ranks = torch.zeros(12, dtype=torch.float64), torch.zeros(24, dtype=torch.float64)
 
     def train(batches):
         total = 0.0
         for x, y in batches:
+            work = dist.all_gather_into_tensor(all_ranks, mine, async_op=True) if meets else None
             loss = criterion(model(x), y)
+            if work is not None:
+                work.wait()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -35,10 +44,10 @@ def by_hand():
 
 
 class Bench(Runner):
-    def __init__(self, config):
+    def __init__(self, config, meets):
         super().__init__(config)
         self.model, self.criterion, self.optimizer = build()
-        self.dataloaders.train = Paired(by_hand)
+        self.dataloaders.train = Paired(partial(by_hand, meets))
         self.metrics = multiclass_metrics(10)
 
 
@@ -52,8 +61,11 @@ if __name__ == "__main__":
         "progress": False,
     }
     config |= {"checkpoint.load_only": True, "stack": "parallel", "parallel.axes.shard": 2, "dataloader.batch_size": 32}
-    with Bench(config) as runner:
-        runner.train()
+    rows = []
+    for meets in (False, True):
+        with Bench(config, meets) as runner:
+            runner.train()
+        pairs = runner.dataloaders.train
+        rows.append([*pairs.figures, *pairs.elapsed_figures])
     path = Path(sys.argv[1]) / f"rank{os.environ['RANK']}.json"
-    pairs = runner.dataloaders.train
-    path.write_text(json.dumps([*pairs.figures, *pairs.elapsed_figures]))
+    path.write_text(json.dumps(rows))
