@@ -1,6 +1,6 @@
-"""What the parallel runner adds to an update over FSDP2 driven by hand, on every rank: `sharded_ranks.py FOLDER`.
+"""What runners of two ranks add to an update over DDP and FSDP2 driven by hand, on every rank: `two_ranks.py FOLDER`.
 
-Twice: over FSDP2 alone, and over FSDP2 and one gather of a few numbers, which ranks need to agree on anything.
+Twice each: over the engine alone, and over the engine and one gather of a few numbers, which ranks need to agree on anything.
 """
 
 from __future__ import annotations
@@ -15,15 +15,24 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from danling.metrics import multiclass_metrics
 from danling.runners import Runner
 from support.paired import CHUNK, UPDATES, Paired, build
 
+ENGINES = {
+    "DDP": {"stack": "torch"},
+    "FSDP2": {"stack": "parallel", "parallel.axes.shard": 2},
+}
 
-def by_hand(meets=False):
+
+def by_hand(engine, meets):
     model, criterion, _ = build()
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+    if engine == "DDP":
+        model = DistributedDataParallel(model)
+    else:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     mine, all_ranks = torch.zeros(12, dtype=torch.float64), torch.zeros(24, dtype=torch.float64)
 
@@ -44,10 +53,10 @@ def by_hand(meets=False):
 
 
 class Bench(Runner):
-    def __init__(self, config, meets):
+    def __init__(self, config, engine, meets):
         super().__init__(config)
         self.model, self.criterion, self.optimizer = build()
-        self.dataloaders.train = Paired(partial(by_hand, meets))
+        self.dataloaders.train = Paired(partial(by_hand, engine, meets))
         self.metrics = multiclass_metrics(10)
 
 
@@ -59,13 +68,15 @@ if __name__ == "__main__":
         "log_interval": CHUNK,
         "eval_interval": 0,
         "progress": False,
+        "checkpoint.load_only": True,
+        "dataloader.batch_size": 32,
     }
-    config |= {"checkpoint.load_only": True, "stack": "parallel", "parallel.axes.shard": 2, "dataloader.batch_size": 32}
-    rows = []
-    for meets in (False, True):
-        with Bench(config, meets) as runner:
-            runner.train()
-        pairs = runner.dataloaders.train
-        rows.append([*pairs.figures, *pairs.elapsed_figures])
+    rows = {}
+    for engine, keys in ENGINES.items():
+        for meets in (False, True):
+            with Bench({**config, **keys}, engine, meets) as runner:
+                runner.train()
+            pairs = runner.dataloaders.train
+            rows[f"{engine} and a gather" if meets else engine] = [*pairs.figures, *pairs.elapsed_figures]
     path = Path(sys.argv[1]) / f"rank{os.environ['RANK']}.json"
     path.write_text(json.dumps(rows))
