@@ -143,7 +143,10 @@ SAMPLES = {
             tolerance=1e-4,
         )
     ],
-    "trapezoid": [Sample(lambda d, x: torch.trapezoid(x, dim=d(0)), dtypes=FP32, tolerance=1e-4)],
+    "trapezoid": [
+        Sample(lambda d, x: torch.trapezoid(x, dim=d(0)), dtypes=FP32, tolerance=1e-4),
+        Sample(lambda d, x: torch.trapezoid(x, dx=0.25, dim=d(-1)), layouts=FULL, dtypes=FP32, tolerance=1e-4),
+    ],
     "trapz": [
         Sample(lambda d, x: torch.trapz(x, dim=d(-1)), layouts=FULL, dtypes=FP32, tolerance=1e-4),
         Sample(lambda d, x, y: torch.trapz(x, y, dim=d(0)), ("normal", "normal"), dtypes=FP32, tolerance=1e-4),

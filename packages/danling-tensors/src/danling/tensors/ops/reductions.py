@@ -357,6 +357,10 @@ def logsumexp(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
 @register("reduction", "trapezoid", "trapz", "cumulative_trapezoid")
 def trapezoid(func: Any, y: NestedTensor, x: Any = None, *, dx: float = 1.0, dim: int = -1) -> Any:
     d = y._layout.element_dim(dim)
+    cumulative = names(func).startswith("cumulative")
+    if x is None and not cumulative:  # every value has a trapezoid on either side but the first and the last
+        first, last = (torch.sum(_cut(y, dim, end), dim) for end in (slice(0, 1), slice(-1, None)))
+        return (torch.sum(y, dim) - (first + last) * 0.5) * dx
     ends = _without_last(y, dim) + _without_first(y, dim)
     if x is None:
         steps: Any = dx
@@ -366,7 +370,7 @@ def trapezoid(func: Any, y: NestedTensor, x: Any = None, *, dx: float = 1.0, dim
         steps = _differences(x, y, dim)
     pieces = ends * (steps * 0.5)
     del ends, steps  # as large as the values
-    return torch.cumsum(pieces, dim) if names(func).startswith("cumulative") else torch.sum(pieces, dim)
+    return torch.cumsum(pieces, dim) if cumulative else torch.sum(pieces, dim)
 
 
 def _differences(x: Any, y: NestedTensor, dim: int) -> Any:
