@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LAUNCHER = Path(__file__).with_name("launch.py")
+_PORTS = range(20000, 32000)
+_SYSTEM_RANDOM = random.SystemRandom()  # nobody's seed moves it, and it moves nobody's numbers
 
 
 @dataclass
@@ -26,10 +29,19 @@ class RankResult:
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """Return a TCP port that was free a moment ago; none of those that systems hand out to connections by themselves.
+
+    Raises:
+        OSError: a hundred ports are taken.
+    """
+    for port in _SYSTEM_RANDOM.sample(_PORTS, 100):
+        with socket.socket() as sock:
+            try:
+                sock.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free TCP port among a hundred from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
