@@ -151,3 +151,16 @@ def test_an_error_in_the_middle_leaves_what_was_done_counted(tmp_path):
             runner.train()
         assert (runner.global_step, runner.micro_step, runner.train_state.samples) == (4, 4, 16)
         assert runner.train_state.positions["train"]["samples"] == 4
+
+
+def test_skips_with_updates_between_them_are_not_in_a_row(tmp_path):
+    class Gaps(Rarely):
+        def __init__(self, config):
+            super().__init__(config)
+            pairs = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 40, 4)]
+            pairs[2] = pairs[5] = pairs[9] = (X[:4], NOTHING)
+            self.dataloaders.train = pairs
+
+    with Gaps(tiny_config(tmp_path, epochs=1, log_interval=0)) as runner:
+        runner.train()
+        assert (runner.train_state.skipped, runner.train_state.skipped_in_a_row) == (3, 1)
