@@ -167,7 +167,8 @@ def plain_updates(runner: TorchRunner, feed: Feed) -> Callable[[float, Any], boo
                 if not applied or state.global_step >= until or (runner.pending if meets else supervisor.pending):
                     break
         finally:
-            feed.last_batch = batch
+            if meets:
+                feed.last_batch = batch
             feed.note_position()
             if state.global_step > step:
                 state.skipped_in_a_row = 0

@@ -29,7 +29,7 @@ class RankResult:
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago; none of those that systems hand out to connections by themselves.
+    """Return a TCP port that was free a moment ago; none of those that systems by default hand out to connections.
 
     Raises:
         OSError: a hundred ports are taken.
